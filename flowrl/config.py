@@ -1,0 +1,513 @@
+"""Configuration of a run: frozen dataclasses, read from TOML recipes and dotted overrides.
+
+Imports no torch, so that a bad setting fails before anything heavy is loaded. Every section checks
+itself in `__post_init__`; `Config` checks what spans sections. The resolved config is written to the
+run directory as `config.toml` and is enough to start the same run again.
+
+    config = load("countdown_cpu", {"objective": {"name": "vargrad"}, "seed": 1})
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+RECIPES_DIR = Path(__file__).parent / "recipes"
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message says what is required, what was given and what to do."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    dir: str = ""
+    """Run directory. Empty: runs/<recipe>."""
+    samples: Literal["full", "text"] = "full"
+    """What samples/step_*.jsonl keeps: full (token ids and log-probs, needed for replay) or text."""
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Loggers beside metrics.jsonl, which is always written."""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    name: str = "countdown"
+    """Task: countdown, modular, jsonl, or the path of a Python file that defines one."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the task; its own Options dataclass checks them."""
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """The tiny base model that `flowrl make-base` builds when model.path is empty."""
+
+    cache_dir: str = "runs/base"
+    """Directory of built base models, one folder per hash of what made it."""
+    hidden_size: int = 96
+    """Hidden size D; a multiple of the number of heads."""
+    num_layers: int = 4
+    """Transformer layers."""
+    num_heads: int = 4
+    """Attention heads."""
+    num_kv_heads: int = 4
+    """Key-value heads; divides num_heads."""
+    intermediate_size: int = 256
+    """Width of the MLP."""
+    pretrain_steps: int = 400
+    """Supervised steps on the task's well-formed answers."""
+    pretrain_rows: int = 96
+    """Examples per supervised step."""
+    pretrain_lr: float = 3e-3
+    """Peak learning rate of the supervised steps (linear warm-up, cosine decay)."""
+    seed: int = 0
+    """Seed of initialisation and examples."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.hidden_size % (2 * self.num_heads) == 0,
+            f"base.hidden_size must be a multiple of 2 * base.num_heads, got {self.hidden_size} "
+            f"and {self.num_heads}; set base.hidden_size={2 * self.num_heads * 12}",
+        )
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"base.num_kv_heads must divide base.num_heads, got {self.num_kv_heads} and "
+            f"{self.num_heads}; set base.num_kv_heads={self.num_heads}",
+        )
+        for name in ("num_layers", "intermediate_size", "pretrain_steps", "pretrain_rows"):
+            _positive("base", name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = ""
+    """Hugging Face causal LM directory. Empty: the base model that [base] describes."""
+    backend: Literal["hf"] = "hf"
+    """Training backend."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the policy's weights and of the reference's."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device. auto: cuda where torch sees one."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer's activations in backward."""
+
+
+@dataclass(frozen=True)
+class LogZConfig:
+    """The partition head log Z(x); used when the objective needs it."""
+
+    layers: int = 2
+    """Hidden blocks [Linear, GELU, LayerNorm, Dropout] before the output layer."""
+    dropout: float | None = None
+    """Dropout of the head. Unset: what the objective's preset says (0 without one)."""
+    include_last_prompt_token: bool | None = None
+    """Pool the last prompt token too. Unset: what the preset says (true without one)."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of the head's output. Unset: what the preset says (float32 without one)."""
+    detach_hidden: bool = False
+    """Stop the head's gradient at the backbone's hidden states."""
+    lr: float | None = None
+    """Learning rate of the head. Unset: optimizer.lr."""
+
+    def __post_init__(self) -> None:
+        _positive("log_z", "layers", self.layers)
+        _require(
+            self.dropout is None or 0 <= self.dropout < 1,
+            f"log_z.dropout must be in [0, 1), got {self.dropout}; set log_z.dropout=0",
+        )
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    engine: Literal["hf", "replay"] = "hf"
+    """Sampler: hf (transformers, in process) or replay (recorded rollouts of another run)."""
+    replay_dir: str = ""
+    """Run directory whose recorded rollouts are replayed."""
+    temperature: float = 1.0
+    """Temperature of the sampled distribution, and of every log-prob in training."""
+    max_prompt_tokens: int = 256
+    """Longest prompt accepted."""
+    max_new_tokens: int = 32
+    """Longest response, EOS included; longer ones are truncated."""
+    max_batch_sequences: int = 1024
+    """Sequences that the sampler generates at once."""
+    old_logprobs: Literal["trainer", "rollout"] = "trainer"
+    """Whose log-probs are the old policy's: recomputed by the trainer, or the sampler's own."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.temperature > 0,
+            f"rollout.temperature must be > 0, got {self.temperature}; greedy decoding has no "
+            "importance weights: set rollout.temperature=1.0",
+        )
+        for name in ("max_prompt_tokens", "max_new_tokens", "max_batch_sequences"):
+            _positive("rollout", name, getattr(self, name))
+        _require(
+            (self.engine == "replay") == bool(self.replay_dir),
+            "rollout.engine=replay and rollout.replay_dir go together, got "
+            f"engine={self.engine} and replay_dir={self.replay_dir!r}; set both",
+        )
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """The four batch numbers; all else is derived."""
+
+    prompts_per_step: int = 32
+    """Prompts per step, over all data-parallel ranks."""
+    group_size: int = 8
+    """Samples per prompt, G."""
+    updates_per_step: int = 1
+    """Optimizer updates per step; each takes prompts_per_step / updates_per_step prompts."""
+    tokens_per_microbatch: int = 8192
+    """Packed tokens per forward-backward pass on one rank."""
+
+    def __post_init__(self) -> None:
+        for name in (f.name for f in dataclasses.fields(self)):
+            _positive("batch", name, getattr(self, name))
+        if self.prompts_per_step % self.updates_per_step:
+            best = max(
+                d for d in range(1, self.updates_per_step + 1) if self.prompts_per_step % d == 0
+            )
+            raise ConfigError(
+                "batch.updates_per_step must divide batch.prompts_per_step, got "
+                f"{self.updates_per_step} and {self.prompts_per_step}; "
+                f"set batch.updates_per_step={best}"
+            )
+
+    @property
+    def prompts_per_update(self) -> int:
+        return self.prompts_per_step // self.updates_per_step
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.prompts_per_step * self.group_size
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    name: str = "flowrl"
+    """Objective; `flowrl train --help` lists them."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the objective; its own Options dataclass checks them."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    lr: float = 1e-6
+    """Learning rate of the policy (AdamW)."""
+    warmup_updates: int = 10
+    """Linear warm-up, in updates; the first update runs at lr / warmup_updates, never at 0."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decay rates."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; vectors (norms, biases) and the log Z head have none."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr >= 0, f"optimizer.lr must be >= 0, got {self.lr}; set optimizer.lr=1e-6")
+        _require(
+            self.grad_clip >= 0,
+            f"optimizer.grad_clip must be >= 0, got {self.grad_clip}; set optimizer.grad_clip=1.0",
+        )
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    steps: int = 200
+    """Steps to train."""
+    max_skipped_updates: int = 10
+    """Consecutive updates skipped for a non-finite gradient norm before the run stops."""
+
+    def __post_init__(self) -> None:
+        _positive("trainer", "steps", self.steps)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 50
+    """Steps between evaluations; the first is before step 1, the last after the last step. 0: those two only."""
+    num_prompts: int = 64
+    """Held-out problems per evaluation; 0: no evaluation."""
+    samples: int = 16
+    """Samples per problem, k of avg@k and pass@k."""
+    temperature: float = 0.6
+    """Temperature of evaluation (the paper: 0.6)."""
+    top_p: float = 0.95
+    """Nucleus of evaluation (the paper: 0.95)."""
+    target_beta: float = 3.0
+    """Inverse temperature of the exact target pi_ref exp(beta r)/Z, for tasks that can enumerate it."""
+    exact_prompts: int = 64
+    """Prompts over which the distance to the exact target is averaged."""
+
+    def __post_init__(self) -> None:
+        _positive("eval", "samples", self.samples)
+        _require(
+            self.temperature > 0,
+            f"eval.temperature must be > 0, got {self.temperature}; set eval.temperature=0.6",
+        )
+        _require(
+            0 < self.top_p <= 1, f"eval.top_p must be in (0, 1], got {self.top_p}; set eval.top_p=1"
+        )
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    max_error_rate: float = 0.05
+    """Share of a step's answers whose scorer may fail (raise or time out) before the run stops."""
+    timeout_s: float = 10.0
+    """Time limit of one call of a user's scorer, in seconds; its process is killed past it."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 50
+    """Steps between checkpoints; one is always written after the last step. 0: only that one."""
+    keep_last: int = 2
+    """Checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        _positive("checkpoint", "keep_last", self.keep_last)
+
+
+@dataclass(frozen=True)
+class KernelsConfig:
+    backend: str = "auto"
+    """Backend of the fused operators: auto, or one that `flowrl doctor` lists as available."""
+    max_logits_mb: int = 0
+    """Largest logits chunk alive at a time, in MiB. 0: 1024 on CPU, 3072 on CUDA."""
+
+
+@dataclass(frozen=True)
+class Config:
+    recipe: str = "countdown_cpu"
+    """Name of the recipe that this config came from."""
+    seed: int = 0
+    """The one seed of a run: data order, sampling noise, dropout, log Z initialisation."""
+    run: RunConfig = field(default_factory=RunConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    log_z: LogZConfig = field(default_factory=LogZConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.dir or f"runs/{self.recipe}")
+
+
+def _positive(section: str, name: str, value: int) -> None:
+    _require(value >= 1, f"{section}.{name} must be >= 1, got {value}; set {section}.{name}=1")
+
+
+# --- recipes and mappings -------------------------------------------------------------------------
+
+
+def recipe_names() -> list[str]:
+    return sorted(p.stem for p in RECIPES_DIR.glob("*.toml"))
+
+
+def recipe_path(name: str) -> Path:
+    """A shipped recipe's name, or the path of a TOML file."""
+    if name.endswith(".toml"):
+        path = Path(name)
+        _require(path.is_file(), f"recipe file not found: {name}; shipped ones: {_listed()}")
+        return path
+    path = RECIPES_DIR / f"{name}.toml"
+    if not path.is_file():
+        raise ConfigError(f"no recipe called {name!r}{_nearest(name, recipe_names())}")
+    return path
+
+
+def load(recipe: str, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The recipe's settings with `overrides` (nested by section) on top, checked.
+
+    Raises ConfigError for an unknown key (naming the nearest), a wrong type or an impossible value.
+    """
+    path = recipe_path(recipe)
+    return from_mapping(merge({"recipe": path.stem, **read_toml(path)}, overrides or {}))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}; correct that line") from error
+
+
+def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`overrides` on top of `base`, section by section. A new objective or task name drops the
+    options that `base` gave the old one (tables such as [objective.vargrad] stay)."""
+    merged = dict(base)
+    for key, value in overrides.items():
+        old = merged.get(key)
+        if not (isinstance(value, Mapping) and isinstance(old, Mapping)):
+            merged[key] = value
+            continue
+        if key in ("objective", "task") and value.get("name", old.get("name")) != old.get("name"):
+            old = {k: v for k, v in old.items() if isinstance(v, Mapping) and k != "options"}
+        merged[key] = merge(old, value)
+    return merged
+
+
+def from_mapping(data: Mapping[str, Any]) -> Config:
+    """A checked Config from nested mappings, as TOML or overrides give them."""
+    sections = dict(data)
+    for key in ("objective", "task"):
+        if isinstance(sections.get(key), Mapping):
+            default = Config.__dataclass_fields__[key].default_factory().name  # type: ignore[misc]
+            sections[key] = _named_options(sections[key], default)
+    return _build(Config, sections, "")
+
+
+def to_mapping(config: Config) -> dict[str, Any]:
+    """Nested plain values without None; `from_mapping` reads it back to an equal Config."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: plain(v) for k, v in value.items() if v is not None}
+        return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def to_toml(config: Config) -> str:
+    """The resolved config as TOML text."""
+    lines: list[str] = []
+
+    def table(mapping: Mapping[str, Any], prefix: str) -> None:
+        scalars = {k: v for k, v in mapping.items() if not isinstance(v, Mapping)}
+        if prefix and (scalars or not mapping):
+            lines.append(f"\n[{prefix}]")
+        lines.extend(f"{_toml_key(k)} = {_toml_value(v)}" for k, v in scalars.items())
+        for key, value in mapping.items():
+            if isinstance(value, Mapping):
+                table(value, f"{prefix}.{_toml_key(key)}" if prefix else _toml_key(key))
+
+    table(to_mapping(config), "")
+    return "\n".join(lines) + "\n"
+
+
+def build_options(cls: type, options: Mapping[str, Any], where: str) -> Any:
+    """An objective's or task's frozen Options from a mapping; unknown keys name the nearest."""
+    return _build(cls, options, where)
+
+
+def _named_options(section: Mapping[str, Any], default_name: str) -> dict[str, Any]:
+    """{name, beta, vargrad = {...}} -> {name, options}: flat keys and the chosen name's table."""
+    name = section.get("name", default_name)
+    chosen = section.get(name, {})
+    flat = {
+        k: v
+        for k, v in section.items()
+        if k not in ("name", "options") and not isinstance(v, Mapping)
+    }
+    return {"name": name, "options": {**section.get("options", {}), **chosen, **flat}}
+
+
+def _build(cls: type, data: Mapping[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    fields = {f.name for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in data.items():
+        dotted = f"{where}.{key}" if where else key
+        if key not in fields:
+            raise ConfigError(f"unknown setting {dotted}{_nearest(key, fields, where)}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            _require(
+                isinstance(value, Mapping), f"{dotted} must be a table, got {value!r}; write [{dotted}]"
+            )
+            values[key] = _build(typing.cast(type, hint), value, dotted)
+        else:
+            values[key] = _coerce(value, hint, dotted)
+    return cls(**values)
+
+
+def _coerce(value: Any, hint: Any, dotted: str) -> Any:
+    """`value` as `hint` asks, or a ConfigError. Integers pass as floats; nothing else converts."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _coerce(value, next(a for a in args if a is not type(None)), dotted)
+    if origin is Literal:
+        if value in args:
+            return value
+        choices = [str(a) for a in args]
+        raise ConfigError(
+            f"{dotted} must be one of {', '.join(choices)}, got {value!r}"
+            f"{_nearest(str(value), choices)}"
+        )
+    if origin is tuple and isinstance(value, list | tuple):
+        inner = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        _require(
+            len(inner) == len(value),
+            f"{dotted} must have {len(inner)} values, got {len(value)}: {list(value)}",
+        )
+        return tuple(_coerce(v, a, dotted) for v, a in zip(value, inner, strict=True))
+    if origin is dict:
+        origin = Mapping
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    expected = origin or hint
+    if not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(
+            f"{dotted} must be of type {getattr(hint, '__name__', hint)}, got {value!r}; "
+            f"write --{dotted} VALUE or {dotted.split('.')[-1]} = VALUE in the recipe"
+        )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{dotted} must be finite, got {value}; give a finite number")
+    return value
+
+
+def _nearest(name: str, choices: typing.Iterable[str], where: str = "") -> str:
+    ordered = sorted(choices)
+    close = difflib.get_close_matches(name, ordered, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {where + '.' if where else ''}{close[0]}?"
+    return f"; choose from: {', '.join(ordered)}"
+
+
+def _listed() -> str:
+    return ", ".join(recipe_names())
+
+
+def _toml_key(key: str) -> str:
+    return key if key.replace("_", "").replace("-", "").isalnum() else _toml_value(key)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return f'"{escaped}"'
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    return repr(value)

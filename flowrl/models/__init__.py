@@ -1,0 +1,75 @@
+"""Training backends: packed batches in, log-probs and gradients out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from flowrl.records import LossBatch, PackedBatch
+
+if TYPE_CHECKING:
+    from flowrl.objectives.base import Objective
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Sequences of one update that fit in one pass, in both of their records."""
+
+    packed: PackedBatch
+    loss: LossBatch
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Per response token, float32, in the order of the batches given."""
+
+    logprobs: Tensor  # (T,)
+    entropy: Tensor | None  # (T,)
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """Of all micro-batches together, in the order given."""
+
+    loss: float  # this rank's share of the update's loss; the sum over ranks is the loss
+    logprobs: Tensor  # (T,) of the policy that the loss was evaluated at
+    metrics: dict[str, Tensor]  # per sequence (N,), what the objective measured
+
+
+@dataclass(frozen=True)
+class UpdateInfo:
+    grad_norm: float  # global, before clipping
+    lr: float
+    skipped: bool  # non-finite gradient norm: weights and moments are untouched
+
+
+class Backend(Protocol):
+    """Gradients are summed over micro-batches and ranks, never averaged."""
+
+    policy_version: int  # updates applied
+
+    def logprobs(
+        self, batches: Sequence[PackedBatch], *, reference: bool = False, entropy: bool = False
+    ) -> TokenScores: ...
+
+    def forward_backward(
+        self, microbatches: Sequence[Microbatch], objective: Objective
+    ) -> LossOutput: ...
+
+    def step(self) -> UpdateInfo: ...
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's tensors under their Hugging Face names; never the log Z head."""
+        ...
+
+    def save_state(self, directory: Path) -> None:
+        """Writes all that `load_state` needs to continue bit for bit. Every rank calls it."""
+        ...
+
+    def load_state(self, directory: Path) -> None: ...
+
+    def export_hf(self, directory: Path) -> None: ...

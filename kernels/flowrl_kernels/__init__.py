@@ -1,0 +1,1 @@
+"""Fused LM-head operators."""
