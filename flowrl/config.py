@@ -1,8 +1,8 @@
 """Configuration of a run: frozen dataclasses, read from TOML recipes and dotted overrides.
 
-Imports no torch, so that a bad setting fails before anything heavy is loaded. Every section checks
-itself in `__post_init__`; `Config` checks what spans sections. The resolved config is written to the
-run directory as `config.toml` and is enough to start the same run again.
+Imports no torch, so that a bad setting fails before anything heavy is loaded. Every section
+checks itself in `__post_init__`. The resolved config is written to the run directory as
+`config.toml` and is enough to start the same run again.
 
     config = load("countdown_cpu", {"objective": {"name": "vargrad"}, "seed": 1})
 """
@@ -10,26 +10,14 @@ run directory as `config.toml` and is enough to start the same run again.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import tomllib
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from flowrl.schema import ConfigError, build, nearest, read_toml, require, toml_text
+
 RECIPES_DIR = Path(__file__).parent / "recipes"
-
-
-class ConfigError(ValueError):
-    """A setting that cannot work. The message says what is required, what was given and what to do."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
 
 
 @dataclass(frozen=True)
@@ -37,7 +25,7 @@ class RunConfig:
     dir: str = ""
     """Run directory. Empty: runs/<recipe>."""
     samples: Literal["full", "text"] = "full"
-    """What samples/step_*.jsonl keeps: full (token ids and log-probs, needed for replay) or text."""
+    """What samples/step_*.jsonl keeps: full (with token ids and log-probs, for replay) or text."""
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Loggers beside metrics.jsonl, which is always written."""
 
@@ -76,12 +64,12 @@ class BaseConfig:
     """Seed of initialisation and examples."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.hidden_size % (2 * self.num_heads) == 0,
             f"base.hidden_size must be a multiple of 2 * base.num_heads, got {self.hidden_size} "
             f"and {self.num_heads}; set base.hidden_size={2 * self.num_heads * 12}",
         )
-        _require(
+        require(
             self.num_heads % self.num_kv_heads == 0,
             f"base.num_kv_heads must divide base.num_heads, got {self.num_kv_heads} and "
             f"{self.num_heads}; set base.num_kv_heads={self.num_heads}",
@@ -123,7 +111,7 @@ class LogZConfig:
 
     def __post_init__(self) -> None:
         _positive("log_z", "layers", self.layers)
-        _require(
+        require(
             self.dropout is None or 0 <= self.dropout < 1,
             f"log_z.dropout must be in [0, 1), got {self.dropout}; set log_z.dropout=0",
         )
@@ -147,14 +135,14 @@ class RolloutConfig:
     """Whose log-probs are the old policy's: recomputed by the trainer, or the sampler's own."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.temperature > 0,
             f"rollout.temperature must be > 0, got {self.temperature}; greedy decoding has no "
             "importance weights: set rollout.temperature=1.0",
         )
         for name in ("max_prompt_tokens", "max_new_tokens", "max_batch_sequences"):
             _positive("rollout", name, getattr(self, name))
-        _require(
+        require(
             (self.engine == "replay") == bool(self.replay_dir),
             "rollout.engine=replay and rollout.replay_dir go together, got "
             f"engine={self.engine} and replay_dir={self.replay_dir!r}; set both",
@@ -220,8 +208,8 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
-        _require(self.lr >= 0, f"optimizer.lr must be >= 0, got {self.lr}; set optimizer.lr=1e-6")
-        _require(
+        require(self.lr >= 0, f"optimizer.lr must be >= 0, got {self.lr}; set optimizer.lr=1e-6")
+        require(
             self.grad_clip >= 0,
             f"optimizer.grad_clip must be >= 0, got {self.grad_clip}; set optimizer.grad_clip=1.0",
         )
@@ -241,7 +229,7 @@ class TrainerConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     every: int = 50
-    """Steps between evaluations; the first is before step 1, the last after the last step. 0: those two only."""
+    """Steps between evaluations. One is always before step 1, one after the last step."""
     num_prompts: int = 64
     """Held-out problems per evaluation; 0: no evaluation."""
     samples: int = 16
@@ -251,17 +239,17 @@ class EvalConfig:
     top_p: float = 0.95
     """Nucleus of evaluation (the paper: 0.95)."""
     target_beta: float = 3.0
-    """Inverse temperature of the exact target pi_ref exp(beta r)/Z, for tasks that can enumerate it."""
+    """Inverse temperature of the exact target pi_ref exp(beta r)/Z, where it can be enumerated."""
     exact_prompts: int = 64
     """Prompts over which the distance to the exact target is averaged."""
 
     def __post_init__(self) -> None:
         _positive("eval", "samples", self.samples)
-        _require(
+        require(
             self.temperature > 0,
             f"eval.temperature must be > 0, got {self.temperature}; set eval.temperature=0.6",
         )
-        _require(
+        require(
             0 < self.top_p <= 1, f"eval.top_p must be in (0, 1], got {self.top_p}; set eval.top_p=1"
         )
 
@@ -320,10 +308,7 @@ class Config:
 
 
 def _positive(section: str, name: str, value: int) -> None:
-    _require(value >= 1, f"{section}.{name} must be >= 1, got {value}; set {section}.{name}=1")
-
-
-# --- recipes and mappings -------------------------------------------------------------------------
+    require(value >= 1, f"{section}.{name} must be >= 1, got {value}; set {section}.{name}=1")
 
 
 def recipe_names() -> list[str]:
@@ -334,11 +319,14 @@ def recipe_path(name: str) -> Path:
     """A shipped recipe's name, or the path of a TOML file."""
     if name.endswith(".toml"):
         path = Path(name)
-        _require(path.is_file(), f"recipe file not found: {name}; shipped ones: {_listed()}")
+        require(
+            path.is_file(),
+            f"recipe file not found: {name}; shipped ones: {', '.join(recipe_names())}",
+        )
         return path
     path = RECIPES_DIR / f"{name}.toml"
     if not path.is_file():
-        raise ConfigError(f"no recipe called {name!r}{_nearest(name, recipe_names())}")
+        raise ConfigError(f"no recipe called {name!r}{nearest(name, recipe_names())}")
     return path
 
 
@@ -349,13 +337,6 @@ def load(recipe: str, overrides: Mapping[str, Any] | None = None) -> Config:
     """
     path = recipe_path(recipe)
     return from_mapping(merge({"recipe": path.stem, **read_toml(path)}, overrides or {}))
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}; correct that line") from error
 
 
 def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -380,7 +361,7 @@ def from_mapping(data: Mapping[str, Any]) -> Config:
         if isinstance(sections.get(key), Mapping):
             default = Config.__dataclass_fields__[key].default_factory().name  # type: ignore[misc]
             sections[key] = _named_options(sections[key], default)
-    return _build(Config, sections, "")
+    return build(Config, sections, "")
 
 
 def to_mapping(config: Config) -> dict[str, Any]:
@@ -392,28 +373,6 @@ def to_mapping(config: Config) -> dict[str, Any]:
         return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
     return plain(dataclasses.asdict(config))
-
-
-def to_toml(config: Config) -> str:
-    """The resolved config as TOML text."""
-    lines: list[str] = []
-
-    def table(mapping: Mapping[str, Any], prefix: str) -> None:
-        scalars = {k: v for k, v in mapping.items() if not isinstance(v, Mapping)}
-        if prefix and (scalars or not mapping):
-            lines.append(f"\n[{prefix}]")
-        lines.extend(f"{_toml_key(k)} = {_toml_value(v)}" for k, v in scalars.items())
-        for key, value in mapping.items():
-            if isinstance(value, Mapping):
-                table(value, f"{prefix}.{_toml_key(key)}" if prefix else _toml_key(key))
-
-    table(to_mapping(config), "")
-    return "\n".join(lines) + "\n"
-
-
-def build_options(cls: type, options: Mapping[str, Any], where: str) -> Any:
-    """An objective's or task's frozen Options from a mapping; unknown keys name the nearest."""
-    return _build(cls, options, where)
 
 
 def _named_options(section: Mapping[str, Any], default_name: str) -> dict[str, Any]:
@@ -428,86 +387,11 @@ def _named_options(section: Mapping[str, Any], default_name: str) -> dict[str, A
     return {"name": name, "options": {**section.get("options", {}), **chosen, **flat}}
 
 
-def _build(cls: type, data: Mapping[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    fields = {f.name for f in dataclasses.fields(cls)}
-    values = {}
-    for key, value in data.items():
-        dotted = f"{where}.{key}" if where else key
-        if key not in fields:
-            raise ConfigError(f"unknown setting {dotted}{_nearest(key, fields, where)}")
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint):
-            _require(
-                isinstance(value, Mapping), f"{dotted} must be a table, got {value!r}; write [{dotted}]"
-            )
-            values[key] = _build(typing.cast(type, hint), value, dotted)
-        else:
-            values[key] = _coerce(value, hint, dotted)
-    return cls(**values)
+def to_toml(config: Config) -> str:
+    """The resolved config as TOML text."""
+    return toml_text(to_mapping(config))
 
 
-def _coerce(value: Any, hint: Any, dotted: str) -> Any:
-    """`value` as `hint` asks, or a ConfigError. Integers pass as floats; nothing else converts."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _coerce(value, next(a for a in args if a is not type(None)), dotted)
-    if origin is Literal:
-        if value in args:
-            return value
-        choices = [str(a) for a in args]
-        raise ConfigError(
-            f"{dotted} must be one of {', '.join(choices)}, got {value!r}"
-            f"{_nearest(str(value), choices)}"
-        )
-    if origin is tuple and isinstance(value, list | tuple):
-        inner = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
-        _require(
-            len(inner) == len(value),
-            f"{dotted} must have {len(inner)} values, got {len(value)}: {list(value)}",
-        )
-        return tuple(_coerce(v, a, dotted) for v, a in zip(value, inner, strict=True))
-    if origin is dict:
-        origin = Mapping
-    if hint is Any:
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    expected = origin or hint
-    if not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(
-            f"{dotted} must be of type {getattr(hint, '__name__', hint)}, got {value!r}; "
-            f"write --{dotted} VALUE or {dotted.split('.')[-1]} = VALUE in the recipe"
-        )
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{dotted} must be finite, got {value}; give a finite number")
-    return value
-
-
-def _nearest(name: str, choices: typing.Iterable[str], where: str = "") -> str:
-    ordered = sorted(choices)
-    close = difflib.get_close_matches(name, ordered, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {where + '.' if where else ''}{close[0]}?"
-    return f"; choose from: {', '.join(ordered)}"
-
-
-def _listed() -> str:
-    return ", ".join(recipe_names())
-
-
-def _toml_key(key: str) -> str:
-    return key if key.replace("_", "").replace("-", "").isalnum() else _toml_value(key)
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        return f'"{escaped}"'
-    if isinstance(value, list):
-        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
-    return repr(value)
+def build_options(cls: type, options: Mapping[str, Any], where: str) -> Any:
+    """An objective's or task's frozen Options from a mapping; unknown keys name the nearest."""
+    return build(cls, options, where)

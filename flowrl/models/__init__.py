@@ -37,6 +37,7 @@ class LossOutput:
 
     loss: float  # this rank's share of the update's loss; the sum over ranks is the loss
     logprobs: Tensor  # (T,) of the policy that the loss was evaluated at
+    entropy: Tensor | None  # (T,), if it was asked for
     metrics: dict[str, Tensor]  # per sequence (N,), what the objective measured
 
 
@@ -57,7 +58,7 @@ class Backend(Protocol):
     ) -> TokenScores: ...
 
     def forward_backward(
-        self, microbatches: Sequence[Microbatch], objective: Objective
+        self, microbatches: Sequence[Microbatch], objective: Objective, *, entropy: bool = False
     ) -> LossOutput: ...
 
     def step(self) -> UpdateInfo: ...

@@ -1,0 +1,53 @@
+# make train   installs into .venv and runs the default job on this machine's CPU
+# make test    installs into .venv and runs the tests
+# Also: install lint types bench clean. Another torch: make install TORCH=torch==2.13.0
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?=
+BIN := $(VENV)/bin
+RUN := runs/countdown_cpu
+PIP := $(BIN)/pip install --disable-pip-version-check -q
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: install train test lint types bench clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "flowrl needs Python 3.11 or newer; make install PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade "pip>=25" "setuptools>=77" wheel
+ifeq ($(TORCH),)
+	$(PIP) -c constraints.txt "torch==2.13.0+cpu" 2>/dev/null \
+	  || $(PIP) --retries 0 --timeout 20 --index-url $(TORCH_CPU_INDEX) "torch==2.13.0" 2>/dev/null \
+	  || $(PIP) -c constraints.txt "torch==2.13.0"
+else
+	$(PIP) "$(TORCH)"
+endif
+	$(PIP) -c constraints.txt --no-build-isolation -e ".[dev]"
+	@touch $@
+
+# Trains once; a run that was cut short goes on from its newest checkpoint.
+train: install $(RUN)/report.html
+	@echo "trained: open $(RUN)/report.html; train again with: $(BIN)/flowrl train --run.dir runs/again"
+
+$(RUN)/report.html: | install
+	$(BIN)/flowrl train $(if $(wildcard $(RUN)/config.toml),--resume)
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/pyright
+
+bench: install
+	$(BIN)/python -m bench linear_logprobs
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

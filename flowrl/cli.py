@@ -1,0 +1,247 @@
+"""The `flowrl` command: parses arguments and calls one module of flowrl.commands. Nothing else.
+
+Bad input ends with one line on stderr and exit code 2, a run that cannot go on with exit code 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from flowrl.config import Config, EvalConfig, load, recipe_names
+from flowrl.overrides import split_overrides
+from flowrl.schema import ConfigError, nearest
+
+DEFAULT_RECIPE = "countdown_cpu"
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """Train a policy. Settings come from the recipe; any of them can be given as --section.key."""
+
+    recipe: tyro.conf.Positional[str] = DEFAULT_RECIPE
+    """Name of a shipped recipe, or the path of a TOML file."""
+    resume: bool = False
+    """Continue the run in run.dir from its newest valid checkpoint."""
+    dry_run: bool = False
+    """Check every setting, print the resolved config, the batch and the memory, and stop."""
+
+
+@dataclass(frozen=True)
+class MakeBaseArgs:
+    """Build the recipe's tiny base model (a no-op if it is there) and print its directory."""
+
+    recipe: tyro.conf.Positional[str] = DEFAULT_RECIPE
+    """Name of a shipped recipe, or the path of a TOML file."""
+
+
+@dataclass(frozen=True)
+class EvalArgs:
+    """Evaluate a run's newest checkpoint, or any model directory, on held-out problems."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """Run directory; its task and settings are used."""
+    model: str = ""
+    """Hugging Face directory to evaluate instead of the run's newest checkpoint."""
+    samples: int = 16
+    """Samples per problem (the paper: 16)."""
+    temperature: float = 0.6
+    """Sampling temperature (the paper: 0.6)."""
+    top_p: float = 0.95
+    """Nucleus (the paper: 0.95)."""
+    num_prompts: int = 0
+    """Problems; 0: the run's eval.num_prompts."""
+    json: str = ""
+    """File to write the metrics to, too."""
+
+
+@dataclass(frozen=True)
+class InspectArgs:
+    """Look at a run's rollouts."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """Run directory."""
+    step: int | None = None
+    """Step; the last one by default."""
+    prompt: int | None = None
+    """Only this prompt index."""
+    only: str = "all"
+    """all, correct, wrong or truncated."""
+    limit: int = 20
+    """Samples shown."""
+
+
+@dataclass(frozen=True)
+class ReportArgs:
+    """Write report.html again from a run's files."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """Run directory."""
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    """Write a checkpoint's policy as a Hugging Face directory."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """Run directory; its newest valid checkpoint is exported."""
+    hf: Path = field(default=Path("export"))
+    """Directory to write; must not exist or be empty."""
+
+
+def _train(args: TrainArgs, overrides: dict[str, Any]) -> None:
+    config = load(args.recipe, overrides)
+    if args.dry_run:
+        from flowrl.commands import dry_run
+
+        return dry_run.run(config)
+    from flowrl.commands import train
+
+    return train.resume(config.run_dir, overrides) if args.resume else train.run(config)
+
+
+def _make_base(args: MakeBaseArgs, overrides: dict[str, Any]) -> None:
+    from flowrl.commands import make_base
+
+    make_base.run(load(args.recipe, overrides))
+
+
+def _eval(args: EvalArgs, overrides: dict[str, Any]) -> None:
+    from flowrl.commands import evaluate
+
+    options = EvalConfig(
+        samples=args.samples,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        num_prompts=args.num_prompts,
+    )
+    evaluate.run(args.run_dir, args.model, options, args.json)
+
+
+def _inspect(args: InspectArgs, overrides: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from flowrl.inspection import show
+
+    show(
+        args.run_dir,
+        step=args.step,
+        prompt_index=args.prompt,
+        limit=args.limit,
+        only=args.only,
+        console=Console(),
+    )
+
+
+def _report(args: ReportArgs, overrides: dict[str, Any]) -> None:
+    from flowrl.report import write_report
+
+    print(write_report(args.run_dir))
+
+
+def _export(args: ExportArgs, overrides: dict[str, Any]) -> None:
+    from flowrl.commands import export
+
+    export.run(args.run_dir, args.hf)
+
+
+@dataclass(frozen=True)
+class DoctorArgs:
+    """Say what is installed, what is missing, what for, and the command that adds it."""
+
+
+def _doctor(args: DoctorArgs, overrides: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from flowrl.commands import doctor
+
+    raise SystemExit(doctor.run(Console()))
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any, dict[str, Any]], None]]] = {
+    "train": (TrainArgs, _train),
+    "eval": (EvalArgs, _eval),
+    "inspect": (InspectArgs, _inspect),
+    "report": (ReportArgs, _report),
+    "export": (ExportArgs, _export),
+    "make-base": (MakeBaseArgs, _make_base),
+    "doctor": (DoctorArgs, _doctor),
+}
+TAKES_SETTINGS = ("train", "make-base")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return
+    if args[0] == "--version":
+        from flowrl import __version__
+
+        print(__version__)
+        return
+    try:
+        _dispatch(args[0], args[1:])
+    except ConfigError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; continue with --resume", 130)
+    except RuntimeError as error:
+        if not _is_ours(error):
+            raise
+        _fail(str(error), 1)
+
+
+def _dispatch(name: str, args: list[str]) -> None:
+    if name not in COMMANDS:
+        raise ConfigError(f"no command called {name!r}{nearest(name, COMMANDS)}")
+    arguments, action = COMMANDS[name]
+    overrides: dict[str, Any] = {}
+    if name in TAKES_SETTINGS:
+        if {"-h", "--help"} & set(args):
+            return _help(name, arguments, args)
+        args, overrides = split_overrides(args)
+    action(tyro.cli(arguments, prog=f"flowrl {name}", args=args), overrides)
+
+
+def _help(name: str, arguments: type, args: list[str]) -> None:
+    """The command's own arguments and every setting, with the recipe's values as defaults."""
+    recipe = next((a for a in args if not a.startswith("-")), DEFAULT_RECIPE)
+
+    @dataclass(frozen=True)
+    class WithSettings(arguments):
+        __doc__ = arguments.__doc__
+        settings: Annotated[Config, tyro.conf.arg(name="")] = field(
+            default_factory=lambda: load(recipe)
+        )
+
+    tyro.cli(WithSettings, prog=f"flowrl {name}", args=["--help"])
+
+
+def _is_ours(error: RuntimeError) -> bool:
+    return type(error).__module__.split(".")[0] == "flowrl"
+
+
+def _fail(message: str, code: int) -> None:
+    rank = os.environ.get("RANK")
+    prefix = f"flowrl (rank {rank}): " if rank else "flowrl: "
+    print(prefix + " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _overview() -> str:
+    lines = ["usage: flowrl COMMAND ...", "", "commands:"]
+    for name, (arguments, _) in COMMANDS.items():
+        lines.append(f"  {name:<10} {(arguments.__doc__ or '').splitlines()[0]}")
+    lines += [
+        "",
+        f"recipes: {', '.join(recipe_names())}",
+        "flowrl COMMAND --help shows its arguments; `flowrl train` runs the default recipe.",
+    ]
+    return "\n".join(lines)

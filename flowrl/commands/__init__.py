@@ -1,0 +1,1 @@
+"""One module a command of `flowrl`; cli.py parses, these do."""

@@ -1,0 +1,99 @@
+"""`flowrl train --dry-run`: every check that needs no training, the batch, the memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from flowrl import assembly
+from flowrl.config import Config, to_toml
+from flowrl.models import hf_files
+from flowrl.parallel import Parallel
+from flowrl.schema import ConfigError
+from flowrl.tasks import build_task
+from flowrl.trainer import check_layout
+
+LOGITS_BYTES = {"cpu": 1 << 30, "cuda": 3 << 30}
+
+
+def run(config: Config) -> None:
+    """Prints what a run would do; raises ConfigError where it could not."""
+    config, objective = assembly.resolve(config)
+    ranks = Parallel(0, int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu"))
+    check_layout(config, ranks)
+    task = build_task(config.task.name, config.task.options, config.reward.timeout_s)
+    num_problems = task.num_prompts("train"), task.num_prompts("eval")
+    task.close()
+    if config.model.path:
+        hf_files.check_model_dir(Path(config.model.path))
+    elif task.alphabet is None:
+        raise ConfigError(
+            f"task {task.name} has no base model of its own; give one with --model.path DIR"
+        )
+    size = hf_files.model_size(config.model.path, config.base, task.alphabet or "")
+    console = Console(soft_wrap=True)
+    console.print(to_toml(config), markup=False, highlight=False)
+    console.print(_batch_table(config, ranks.world_size, num_problems))
+    console.print(_memory_table(config, size, objective.needs))
+    state = "exists: continue it with --resume" if config.run_dir.exists() else "is free"
+    console.print(f"run directory {config.run_dir} {state}; kernels: "
+                  f"{assembly.kernel_backend(config)}", highlight=False)  # fmt: skip
+
+
+def _batch_table(config: Config, world_size: int, num_problems: tuple[int, int]) -> Table:
+    batch = config.batch
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    table = _table("batch")
+    rows = {
+        "problems, training / held out": "{:,} / {:,}".format(*num_problems),
+        "prompts x samples = sequences per step": (
+            f"{batch.prompts_per_step} x {batch.group_size} = {batch.sequences_per_step}"
+        ),
+        "updates per step x sequences each": (
+            f"{batch.updates_per_step} x {batch.prompts_per_update * batch.group_size}"
+        ),
+        "ranks x sequences per update each": (
+            f"{world_size} x {batch.prompts_per_update * batch.group_size // world_size}"
+        ),
+        "packed tokens per micro-batch / longest sequence": (
+            f"{batch.tokens_per_microbatch:,} / {longest:,} at most"
+        ),
+        "updates in the run": f"{config.trainer.steps * batch.updates_per_step:,}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _memory_table(config: Config, size: hf_files.ModelSize, needs: frozenset[str]) -> Table:
+    """Bytes per rank of what can be counted; activations are not among them."""
+    width = 4 if config.model.dtype == "float32" else 2
+    hidden = size.hidden
+    blocks = config.log_z.layers * (hidden * hidden + 3 * hidden) + hidden + 1
+    head = blocks if "log_z" in needs else 0
+    rows = 16 * config.batch.tokens_per_microbatch * size.vocabulary
+    device = "cuda" if torch.cuda.is_available() and config.model.device != "cpu" else "cpu"
+    limit = config.kernels.max_logits_mb << 20 or LOGITS_BYTES[device]
+    table = _table("memory per rank, without activations")
+    parts = {
+        f"policy, {size.parameters:,} parameters: weights, gradients, moments (float32)": (
+            16 * (size.parameters + head)
+        ),
+        f"reference policy ({config.model.dtype})": width * size.parameters * ("ref" in needs),
+        f"sampler's copy ({config.model.dtype})": width * size.parameters,
+        "logits chunk, at most": min(limit, rows),
+    }
+    for name, value in {**parts, "sum": sum(parts.values())}.items():
+        table.add_row(name, f"{value / 1e9:.3f} GB")
+    return table
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    return table

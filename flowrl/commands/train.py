@@ -1,0 +1,239 @@
+"""`flowrl train`: assemble the parts, run the steps, keep the run directory, write the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from flowrl import assembly, checkpoint, parallel
+from flowrl.config import Config, from_mapping, merge, to_mapping
+from flowrl.display import Display, before_after
+from flowrl.evaluation import Evaluator
+from flowrl.loggers import Logger, build_loggers
+from flowrl.metrics import Stopwatch, peak_memory_gb
+from flowrl.parallel import Parallel
+from flowrl.report import write_report
+from flowrl.run_dir import RunDir, read_config, read_metrics
+from flowrl.schema import ConfigError
+from flowrl.trainer import NonFiniteLossError, StepResult, Trainer, TrainingError, check_layout
+
+# Settings that a resumed run may change: none of them changes a number of the steps to come.
+MAY_CHANGE = {
+    "trainer.steps", "trainer.max_skipped_updates", "checkpoint.every", "checkpoint.keep_last",
+    "run.dir", "run.loggers", "kernels.backend", "reward.max_error_rate", "reward.timeout_s",
+}  # fmt: skip
+
+
+def run(config: Config) -> None:
+    """Trains from step 1. Raises ConfigError if the run directory exists."""
+    config, _ = assembly.resolve(config)
+    ranks = parallel.start(config.model.device)
+    check_layout(config, ranks)
+    run_dir = RunDir.create(config, assembly.kernel_backend(config), ranks)
+    _train(config, ranks, run_dir, None)
+
+
+def resume(run_path: Path, overrides: Mapping[str, Any]) -> None:
+    """Continues a run from its newest valid checkpoint, or from the start if it has none."""
+    recorded = read_config(run_path)
+    config = resumed_config(recorded, overrides)
+    ranks = parallel.start(config.model.device)
+    check_layout(config, ranks)
+    console = Console(quiet=not ranks.is_main, soft_wrap=True)
+    found = checkpoint.newest_valid(run_path, lambda text: console.print(text, highlight=False))
+    if found is None:
+        console.print(f"{run_path} has no checkpoint; starting from step 1", highlight=False)
+    else:
+        _check_resumable(config, found, overrides)
+    _train(config, ranks, RunDir(run_path, ranks), found)
+
+
+def resumed_config(recorded: Config, overrides: Mapping[str, Any]) -> Config:
+    """The recorded config with the overrides that a resume may make; others raise ConfigError."""
+    wanted = from_mapping(merge(to_mapping(recorded), overrides))
+    for name, old, new in _differences(to_mapping(recorded), to_mapping(wanted)):
+        if name not in MAY_CHANGE:
+            raise ConfigError(
+                f"{name} is {old!r} in this run and cannot become {new!r} on resume; "
+                "leave it out, or start a new run with --run.dir DIR"
+            )
+    return wanted
+
+
+def _check_resumable(
+    config: Config, found: checkpoint.Checkpoint, overrides: Mapping[str, Any]
+) -> None:
+    if found.step >= config.trainer.steps:
+        raise ConfigError(
+            f"this run is past the end: {found.step} of {config.trainer.steps} steps are done; "
+            f"train on with --trainer.steps {found.step + 100}"
+        )
+    recorded, now = found.state["kernel_backend"], assembly.kernel_backend(config)
+    asked = "backend" in overrides.get("kernels", {})
+    if recorded != now and not asked:
+        raise ConfigError(
+            f"this run used kernel backend {recorded}, here it would be {now}, and numbers would "
+            f"differ in the last bits; continue with --kernels.backend {now} to accept that"
+        )
+
+
+def _train(
+    config: Config, ranks: Parallel, run_dir: RunDir, found: checkpoint.Checkpoint | None
+) -> None:
+    with Display(config.trainer.steps, enabled=ranks.is_main) as display:
+        display.say(f"run directory: {run_dir.path}")
+        parts = assembly.assemble(config, ranks, display.say)
+        try:
+            session = _Session(config, ranks, run_dir, parts, display)
+            session.train(found)
+        finally:
+            parts.close()
+            run_dir.close()
+    if ranks.is_main:
+        report = write_report(run_dir.path)
+        evals = [r for r in read_metrics(run_dir.path) if r["kind"] == "eval"]
+        if evals:
+            first, last = ({k: v for k, v in r.items() if "/" in k} for r in (evals[0], evals[-1]))
+            before_after(first, last, evals[-1]["step"], display.console)
+        display.say(f"report: {report}")
+    parallel.stop()
+
+
+class _Session:
+    """The loop around `Trainer.step`: evaluations, logs, checkpoints."""
+
+    def __init__(
+        self,
+        config: Config,
+        ranks: Parallel,
+        run_dir: RunDir,
+        parts: assembly.Parts,
+        display: Display,
+    ) -> None:
+        self.config = config
+        self.ranks = ranks
+        self.run_dir = run_dir
+        self.parts = parts
+        self.display = display
+        self.watch = Stopwatch(ranks.device)
+        self.evaluator = Evaluator(config, parts.task, parts.tokenizer, ranks)
+        self.loggers: list[Logger] = (
+            build_loggers(config.run.loggers, run_dir.path) if ranks.is_main else []
+        )
+        self.trainer = Trainer(
+            config,
+            ranks,
+            parts.task,
+            parts.tokenizer,
+            parts.sampler,
+            parts.backend,
+            parts.objective,
+            self.watch,
+        )
+
+    def train(self, found: checkpoint.Checkpoint | None) -> None:
+        start = self._restore(found) if found else self._begin()
+        steps = self.config.trainer.steps
+        for number in range(start + 1, steps + 1):
+            began = time.perf_counter()
+            result = self._step(number)
+            seconds = time.perf_counter() - began
+            self._log_step(number, result, seconds)
+            if number == steps or _due(number, self.config.eval.every):
+                self._evaluate(number)
+            if number == steps or _due(number, self.config.checkpoint.every):
+                self._checkpoint(number)
+        for logger in self.loggers:
+            logger.close()
+
+    def _begin(self) -> int:
+        self.run_dir.cut_back(-1, {"metrics.jsonl": 0, "timing.jsonl": 0})
+        self._evaluate(0)
+        return 0
+
+    def _restore(self, found: checkpoint.Checkpoint) -> int:
+        self.parts.backend.load_state(found.path)
+        self.parts.sampler.load_weights(
+            self.parts.backend.named_weights(), self.parts.backend.policy_version
+        )
+        self.trainer.skipped_in_a_row = found.state["skipped_in_a_row"]
+        self.run_dir.cut_back(found.step, found.state["lengths"])
+        self.display.say(f"resumed from {found.path.name}")
+        return found.step
+
+    def _step(self, number: int) -> StepResult:
+        try:
+            return self.trainer.step(number)
+        except NonFiniteLossError as error:
+            path = self.run_dir.write_failure(number, error)
+            named = [
+                f"prompt {r.prompt.index} sample {r.sample}" for r, _, bad in error.sequences if bad
+            ]
+            at_fault = ", ".join(named[:8]) or "none on this rank"
+            raise TrainingError(
+                f"step {number}: {error}; samples at fault: {at_fault}; batch: {path}"
+            ) from None
+
+    def _log_step(self, number: int, result: StepResult, seconds: float) -> None:
+        phases = self.watch.take()
+        timing = {f"timing_s/{name}": value for name, value in phases.items()}
+        timing["timing_s/step"] = seconds
+        timing["perf/tokens_per_s"] = result.num_tokens / seconds
+        for name, phase in (("gen", "generate"), ("train", "train")):
+            timing[f"perf/{name}_tokens_per_s"] = result.num_tokens / phases[phase]
+        timing["perf/peak_mem_gb"] = peak_memory_gb(self.ranks.device)
+        full = self.config.run.samples == "full"
+        self.run_dir.write_step(number, result, timing, full)
+        numbers = {**result.metrics, **timing}
+        for logger in self.loggers:
+            logger.log(number, numbers)
+        self.display.step(number, numbers)
+
+    def _evaluate(self, number: int) -> None:
+        if not self.config.eval.num_prompts:
+            return
+        evaluation = self.evaluator.run(self.parts.sampler, self.parts.backend)
+        self.run_dir.write_eval(number, evaluation)
+        for logger in self.loggers:
+            logger.log(number, evaluation.metrics)
+        self.display.evaluation(number, evaluation.metrics)
+
+    def _checkpoint(self, number: int) -> None:
+        state = {
+            "step": number,
+            "lengths": self.run_dir.lengths(),
+            "kernel_backend": assembly.kernel_backend(self.config),
+            "skipped_in_a_row": self.trainer.skipped_in_a_row,
+            "config": to_mapping(self.config),
+        }
+        with self.watch("checkpoint"):
+            checkpoint.save(
+                self.run_dir.path,
+                number,
+                state,
+                self.parts.backend.save_state,
+                self.ranks,
+                self.config.checkpoint.keep_last,
+            )
+
+
+def _due(number: int, every: int) -> bool:
+    return every > 0 and number % every == 0
+
+
+def _differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> list[tuple[str, Any, Any]]:
+    """(dotted name, old value, new value) of every setting that differs."""
+    found = []
+    for name in {**old, **new}:
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += _differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            found.append((prefix + name, before, after))
+    return found

@@ -1,0 +1,334 @@
+"""Data-parallel training of a transformers causal LM: packed forward, fused head, AdamW.
+
+Trained weights, gradients and moments are float32; `model.dtype` is the dtype of the matrix
+products (autocast), of the reference and of what the sampler receives. The backbone's dropout is
+off: a log-prob must be that of the policy that was sampled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from flowrl_kernels import linear_logprobs, linear_policy_loss
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from flowrl.config import Config
+from flowrl.models import LossOutput, Microbatch, TokenScores, UpdateInfo
+from flowrl.models import packed_attention as attention
+from flowrl.models.hf_files import export_hf, fingerprint, load_causal_lm
+from flowrl.models.log_z import LogZHead
+from flowrl.objectives.base import Objective
+from flowrl.parallel import Parallel
+from flowrl.records import PackedBatch
+from flowrl.schema import ConfigError
+
+REDUCE_BUCKET_BYTES = 64 << 20  # gradients are summed over ranks in buckets of this size
+
+
+class HFBackend:
+    """A transformers causal LM with its log Z head, reference and optimizer; see `Backend`."""
+
+    def __init__(
+        self, config: Config, model_dir: Path, needs: frozenset[str], parallel: Parallel
+    ) -> None:
+        self.config = config
+        self.model_dir = model_dir
+        self.parallel = parallel
+        self.policy_version = 0
+        self.dtype = getattr(torch, config.model.dtype)
+        self.model = _load(model_dir, torch.float32, parallel.device)
+        _check_linear_head(self.model, parallel.device)
+        self.model.set_attn_implementation(attention.NAME)
+        if config.model.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        self.model.train()
+        self.log_z_head = self._build_log_z() if "log_z" in needs else None
+        self._reference: Any = None
+        self.params = dict(self.model.named_parameters()) | _prefixed("log_z", self.log_z_head)
+        self.optimizer = torch.optim.AdamW(
+            self._param_groups(), betas=config.optimizer.betas, eps=config.optimizer.eps
+        )
+        self._num_updates = 0  # updates tried, for the warm-up and the dropout seed
+
+    # --- forward passes
+
+    @torch.no_grad()
+    def logprobs(
+        self, batches: Sequence[PackedBatch], *, reference: bool = False, entropy: bool = False
+    ) -> TokenScores:
+        model = self.reference if reference else self.model
+        scores = []
+        for batch in batches:
+            batch = batch.to(self.parallel.device)
+            hidden = self._hidden(model, batch)
+            scores.append(
+                linear_logprobs(
+                    hidden[batch.hidden_rows],
+                    self._head_weight(model),
+                    batch.targets,
+                    entropy="metric" if entropy else "none",
+                    **self._head_options,
+                )
+            )
+        return TokenScores(
+            torch.cat([s.logprobs for s in scores]),
+            torch.cat([s.entropy for s in scores]) if entropy else None,
+        )
+
+    def forward_backward(
+        self, microbatches: Sequence[Microbatch], objective: Objective, *, entropy: bool = False
+    ) -> LossOutput:
+        entropy_mode = "grad" if "entropy" in objective.needs else "metric" if entropy else "none"
+        outputs = []
+        for number, microbatch in enumerate(microbatches):
+            packed = microbatch.packed.to(self.parallel.device)
+            hidden = self._hidden(self.model, packed)
+            inputs = {}
+            if self.log_z_head is not None:
+                with self._dropout_seed(number):
+                    inputs["log_z"] = self.log_z_head(hidden, packed)
+            output = linear_policy_loss(
+                hidden[packed.hidden_rows],
+                self._head_weight(self.model),
+                packed.targets,
+                packed.cu_seqlens,
+                self._chunk_objective(microbatch, objective),
+                sequence_inputs=inputs,
+                entropy=entropy_mode,
+                **self._head_options,
+            )
+            output.loss.backward()
+            outputs.append(output)
+        return LossOutput(
+            loss=math.fsum(float(o.loss.detach()) for o in outputs),
+            logprobs=torch.cat([o.logprobs for o in outputs]),
+            entropy=torch.cat([o.entropy.detach() for o in outputs]) if entropy else None,
+            metrics={
+                name: torch.cat([o.metrics[name] for o in outputs]) for name in outputs[0].metrics
+            },
+        )
+
+    def _chunk_objective(
+        self, microbatch: Microbatch, objective: Objective
+    ) -> Callable[[Tensor, Tensor | None, Any], tuple[Tensor, dict[str, Tensor]]]:
+        batch = microbatch.loss.to(self.parallel.device)
+
+        def evaluate(
+            logprobs: Tensor, entropy: Tensor | None, rows: Any
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            part = batch
+            if (rows.sequences.start, rows.sequences.stop) != (0, batch.num_sequences):
+                part = batch.select(torch.arange(batch.num_sequences)[rows.sequences])
+            log_z = rows.inputs.get("log_z")
+            return objective.loss(part.replace(logprobs=logprobs, entropy=entropy, log_z=log_z))
+
+        return evaluate
+
+    def _hidden(self, model: Any, batch: PackedBatch) -> Tensor:
+        """Hidden states after the final norm, (T_model, D)."""
+        lengths = batch.model_cu_seqlens.diff()
+        with self._autocast():
+            output = model.base_model(
+                input_ids=batch.token_ids.unsqueeze(0),
+                position_ids=batch.position_ids.unsqueeze(0),
+                use_cache=False,
+                packed_cu_seqlens=batch.model_cu_seqlens,
+                packed_max_length=int(lengths.max()),
+            )
+        return output.last_hidden_state.squeeze(0).to(self.dtype)
+
+    def _head_weight(self, model: Any) -> Tensor:  # (V, D)
+        return model.get_output_embeddings().weight.to(self.dtype)
+
+    @property
+    def _head_options(self) -> dict[str, Any]:
+        kernels = self.config.kernels
+        return {
+            "temperature": self.config.rollout.temperature,
+            "max_logits_bytes": kernels.max_logits_mb << 20 or None,
+            "backend": None if kernels.backend == "auto" else kernels.backend,
+        }
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.parallel.device.type, dtype=self.dtype)
+
+    # --- update
+
+    def step(self) -> UpdateInfo:
+        """Sums gradients over ranks, clips, updates. A non-finite norm leaves all as it is."""
+        options = self.config.optimizer
+        self._reduce_gradients()
+        grads = [p.grad for p in self.params.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
+        finite = bool(torch.isfinite(norm))
+        scale = min(1.0, (self._num_updates + 1) / max(1, options.warmup_updates))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * scale
+        if finite:
+            if options.grad_clip:
+                nn.utils.clip_grads_with_norm_(self.params.values(), options.grad_clip, norm)
+            self.optimizer.step()
+            self.policy_version += 1
+        self._num_updates += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return UpdateInfo(float(norm), options.lr * scale, skipped=not finite)
+
+    def _reduce_gradients(self) -> None:
+        if self.parallel.world_size == 1:
+            return
+        bucket: list[Tensor] = []
+        size = 0
+        for param in self.params.values():
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+            bucket.append(param.grad)
+            size += param.grad.nbytes
+            if size >= REDUCE_BUCKET_BYTES:
+                self._reduce_bucket(bucket)
+                bucket, size = [], 0
+        self._reduce_bucket(bucket)
+
+    def _reduce_bucket(self, grads: list[Tensor]) -> None:
+        if not grads:
+            return
+        flat = self.parallel.all_reduce(torch.cat([g.flatten() for g in grads]))
+        for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(total.view_as(grad))
+
+    def _param_groups(self) -> list[dict[str, Any]]:
+        options = self.config.optimizer
+        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
+        vectors = [p for p in self.model.parameters() if p.ndim < 2]
+        groups = [
+            {"params": matrices, "lr": options.lr, "weight_decay": options.weight_decay},
+            {"params": vectors, "lr": options.lr, "weight_decay": 0.0},
+        ]
+        if self.log_z_head is not None:
+            lr = options.lr if self.config.log_z.lr is None else self.config.log_z.lr
+            head = list(self.log_z_head.parameters())
+            groups.append({"params": head, "lr": lr, "weight_decay": 0.0})
+        return [{**g, "peak_lr": g["lr"]} for g in groups if g["params"]]
+
+    # --- log Z head and reference
+
+    def _build_log_z(self) -> LogZHead:
+        with _seeded(self.config.seed, torch.device("cpu")):
+            head = LogZHead(self.model.config.get_text_config().hidden_size, self.config.log_z)
+        return head.to(self.parallel.device)
+
+    def _dropout_seed(self, microbatch: int) -> AbstractContextManager[Any]:
+        """The head's dropout is a function of (seed, update, rank, micro-batch)."""
+        if not self.config.log_z.dropout:
+            return nullcontext()
+        key = (self.config.seed, self._num_updates, self.parallel.rank, microbatch)
+        return _seeded(hash(key) & 0x7FFF_FFFF_FFFF_FFFF, self.parallel.device)
+
+    @property
+    def reference(self) -> Any:
+        """The frozen starting policy, loaded when first asked for."""
+        if self._reference is None:
+            self._reference = _load(self.model_dir, self.dtype, self.parallel.device)
+            self._reference.set_attn_implementation(attention.NAME)
+            self._reference.eval().requires_grad_(False)
+        return self._reference
+
+    # --- weights and state
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, param in self.model.named_parameters():
+            yield name, param.detach().to(self.dtype)
+
+    def export_hf(self, directory: Path) -> None:
+        export_hf(self.model_dir, self.named_weights(), directory, self.dtype)
+
+    def save_state(self, directory: Path) -> None:
+        if not self.parallel.is_main:
+            return
+        state = {f"param.{name}": p.detach() for name, p in self.params.items()}
+        for name, param in self.params.items():
+            for key, value in self.optimizer.state.get(param, {}).items():
+                state[f"{key}.{name}"] = value
+        save_file(
+            {k: v.contiguous().cpu() for k, v in state.items()}, directory / "state.safetensors"
+        )
+        counters = {
+            "policy_version": self.policy_version,
+            "num_updates": self._num_updates,
+            "start_model": fingerprint(self.model_dir),
+        }
+        (directory / "backend.json").write_text(json.dumps(counters))
+
+    def load_state(self, directory: Path) -> None:
+        """Raises ConfigError if the starting model, which is the reference, has changed, or if the
+        parameters differ."""
+        counters = json.loads((directory / "backend.json").read_text())
+        if counters["start_model"] != fingerprint(self.model_dir):
+            raise ConfigError(
+                f"the starting model at {self.model_dir} is not the one that this run began with, "
+                "and it is the reference policy; put it back or start a new run"
+            )
+        state = load_file(directory / "state.safetensors", device=str(self.parallel.device))
+        names = {key.removeprefix("param.") for key in state if key.startswith("param.")}
+        if names != set(self.params):
+            odd = sorted(names ^ set(self.params))
+            raise ConfigError(
+                f"{directory} has other parameters than this run, {odd[0]} for one; resume with "
+                "the objective and log_z settings that it was written with"
+            )
+        for name, param in self.params.items():
+            param.data.copy_(state[f"param.{name}"])
+            moments = {k: state[f"{k}.{name}"] for k in ("exp_avg", "exp_avg_sq", "step")
+                       if f"{k}.{name}" in state}  # fmt: skip
+            if moments:
+                moments["step"] = moments["step"].cpu()
+                self.optimizer.state[param] = moments
+        self.policy_version = counters["policy_version"]
+        self._num_updates = counters["num_updates"]
+
+
+def _load(model_dir: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    model = load_causal_lm(model_dir, dtype, device)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010
+    return model
+
+
+@torch.no_grad()
+def _check_linear_head(model: Any, device: torch.device) -> None:
+    """The fused head computes hidden @ weight.T; a model that adds a bias, a scale or a soft cap
+    would be trained on wrong log-probs without an error."""
+    ids = torch.arange(8, device=device).remainder(model.config.get_text_config().vocab_size)[None]
+    output = model(input_ids=ids, output_hidden_states=False, use_cache=False)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    expected = hidden @ model.get_output_embeddings().weight.T
+    if not torch.allclose(output.logits, expected, atol=1e-3, rtol=1e-3):
+        raise ConfigError(
+            f"{type(model).__name__} does not compute logits as hidden @ weight.T (a bias, scale "
+            "or soft cap), which the fused head needs; use a model of the Llama or Qwen family"
+        )
+
+
+def _prefixed(prefix: str, module: nn.Module | None) -> dict[str, nn.Parameter]:
+    if module is None:
+        return {}
+    return {f"{prefix}.{name}": param for name, param in module.named_parameters()}
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """torch.manual_seed for a block; the generators before it come back after it."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,218 @@
+"""The run directory: what a run leaves on the disk, and how a resume cuts it back.
+
+config.toml env.json metrics.jsonl timing.jsonl samples/ evals/ checkpoints/ logs/ report.html
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import flowrl
+from flowrl import checkpoint
+from flowrl.config import Config, from_mapping, to_toml
+from flowrl.evaluation import Evaluation
+from flowrl.metrics import JsonLines
+from flowrl.models import Backend
+from flowrl.parallel import Parallel
+from flowrl.records import Rollout, Score
+from flowrl.schema import ConfigError, read_toml
+from flowrl.trainer import NonFiniteLossError, StepResult
+
+
+class RunDir:
+    """Written by rank 0 only; the other ranks take part in what gathers from them."""
+
+    def __init__(self, path: Path, parallel: Parallel) -> None:
+        self.path = path
+        self.parallel = parallel
+        if parallel.is_main:
+            for name in ("samples", "evals", "checkpoints"):
+                (path / name).mkdir(parents=True, exist_ok=True)
+            self.metrics = JsonLines(path / "metrics.jsonl")
+            self.timing = JsonLines(path / "timing.jsonl")
+
+    @classmethod
+    def create(cls, config: Config, kernel_backend: str, parallel: Parallel) -> RunDir:
+        """Raises ConfigError if the directory exists and is not empty."""
+        path = config.run_dir
+        if parallel.is_main and path.exists() and any(path.iterdir()):
+            raise ConfigError(
+                f"run directory {path} exists; continue it with --resume, or choose another with "
+                "--run.dir DIR"
+            )
+        parallel.barrier()
+        run = cls(path, parallel)
+        if parallel.is_main:
+            (path / "config.toml").write_text(to_toml(config))
+            environment = describe_environment(config, kernel_backend, parallel)
+            (path / "env.json").write_text(json.dumps(environment, indent=1) + "\n")
+        return run
+
+    # --- writing
+
+    def write_step(
+        self, step: int, result: StepResult, timing: Mapping[str, float], full: bool
+    ) -> None:
+        rows = self._gather_samples(step, result.rollouts, result.scores, result.rows, full)
+        if self.parallel.is_main:
+            self.metrics.write({"kind": "train", "step": step, **result.metrics})
+            self.timing.write({"kind": "train", "step": step, **timing})
+            _write_lines(self.path / "samples" / f"step_{step:06d}.jsonl", rows)
+
+    def write_eval(self, step: int, evaluation: Evaluation) -> None:
+        if not self.parallel.is_main:
+            return
+        self.metrics.write({"kind": "eval", "step": step, **evaluation.metrics})
+        path = self.path / "evals" / f"step_{step:06d}.json"
+        path.write_text(json.dumps(evaluation.detail))
+        samples = [
+            _sample_row(step, rollout, score, full=False)
+            for rollout, score in zip(evaluation.rollouts, evaluation.scores, strict=True)
+        ]
+        _write_lines(self.path / "samples" / f"eval_{step:06d}.jsonl", samples)
+
+    def write_failure(self, step: int, error: NonFiniteLossError) -> Path:
+        """The update that stopped the run, in full, with the samples at fault marked."""
+        path = self.path / f"failed_step_{step:06d}.rank{self.parallel.rank}.jsonl"
+        rows = [
+            {"at_fault": at_fault, **_sample_row(step, rollout, score, full=True)}
+            for rollout, score, at_fault in error.sequences
+        ]
+        _write_lines(path, rows)
+        return path
+
+    def _gather_samples(
+        self,
+        step: int,
+        rollouts: Sequence[Rollout],
+        scores: Sequence[Score],
+        columns: Mapping[str, torch.Tensor],
+        full: bool,
+    ) -> list[dict[str, Any]]:
+        mine = []
+        for index, (rollout, score) in enumerate(zip(rollouts, scores, strict=True)):
+            measured = {name: float(values[index]) for name, values in columns.items()}
+            mine.append({**_sample_row(step, rollout, score, full=full), **measured})
+        rows = [row for share in self.parallel.gather(mine) for row in share]
+        return sorted(rows, key=lambda row: (row["prompt_index"], row["sample"]))
+
+    # --- resuming
+
+    def lengths(self) -> dict[str, int]:
+        """Bytes on the disk of the files that a resume cuts back to this point."""
+        if not self.parallel.is_main:
+            return {}
+        return {"metrics.jsonl": self.metrics.sync(), "timing.jsonl": self.timing.sync()}
+
+    def cut_back(self, step: int, lengths: Mapping[str, int]) -> None:
+        """Drops all that was written after the checkpoint of `step`."""
+        if not self.parallel.is_main:
+            return
+        self.metrics.cut(lengths["metrics.jsonl"])
+        self.timing.cut(lengths["timing.jsonl"])
+        for path in [*self.path.glob("samples/*_*.jsonl"), *self.path.glob("evals/step_*.json")]:
+            if int(path.stem.split("_")[1]) > step:
+                path.unlink()
+
+    def close(self) -> None:
+        if self.parallel.is_main:
+            self.metrics.close()
+            self.timing.close()
+
+
+def read_config(path: Path) -> Config:
+    """The config of an existing run. Raises ConfigError where there is none."""
+    file = path / "config.toml"
+    if not file.is_file():
+        raise ConfigError(f"{path} is no run directory (no config.toml); list runs with: ls runs")
+    return from_mapping(read_toml(file))
+
+
+def restore_newest(path: Path, backend: Backend) -> int:
+    """Loads a run's newest valid checkpoint; returns its step. Raises ConfigError without one."""
+    found = checkpoint.newest_valid(path, print)
+    if found is None:
+        raise ConfigError(f"{path} has no valid checkpoint; train on with --resume to make one")
+    backend.load_state(found.path)
+    return found.step
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl, without a half-written last line."""
+    rows = []
+    for line in (path / "metrics.jsonl").read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def describe_environment(config: Config, kernel_backend: str, parallel: Parallel) -> dict[str, Any]:
+    return {
+        "flowrl": flowrl.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if parallel.device.type == "cuda" else "cpu",
+        "kernel_backend": kernel_backend,
+        "git_commit": _git_commit(),
+        "seed": config.seed,
+        "world_size": parallel.world_size,
+        "command": shlex.join(["flowrl", *sys.argv[1:]]),
+    }
+
+
+def _git_commit() -> str | None:
+    """Of the checkout that the package lies in, if it lies in one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _sample_row(step: int, rollout: Rollout, score: Score, *, full: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "step": step,
+        "prompt_index": rollout.prompt.index,
+        "sample": rollout.sample,
+        "prompt": rollout.prompt.text,
+        "response": rollout.text,
+        "reward": score.reward,
+        "correct": score.correct,
+        "solution": score.solution,
+        "error": score.error,
+        "truncated": rollout.truncated,
+        "policy_version": rollout.policy_version,
+        "response_length": len(rollout.response_ids),
+    }
+    if full:
+        row["prompt_ids"] = list(rollout.prompt.token_ids)
+        row["response_ids"] = list(rollout.response_ids)
+        row["rollout_logprobs"] = list(rollout.rollout_logprobs)
+    return row
+
+
+def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Written aside and renamed: a reader never sees half a file."""
+    aside = path.with_suffix(".partial")
+    with aside.open("w") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+    aside.rename(path)

@@ -1,0 +1,136 @@
+"""Frozen dataclasses from plain mappings and back to TOML, with errors that name the remedy.
+
+Imports no torch. Used for the run's config and for the options of objectives and tasks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work: the message says what is required, what was given, what to do."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}; correct that line") from error
+
+
+def build(cls: type, data: Mapping[str, Any], where: str) -> Any:
+    """An instance of the dataclass `cls` from nested mappings; `where` prefixes names in errors.
+
+    Raises ConfigError for an unknown key (naming the nearest), a wrong type or an impossible value.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in data.items():
+        dotted = f"{where}.{key}" if where else key
+        if key not in fields:
+            raise ConfigError(f"unknown setting {dotted}{nearest(key, fields, where)}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            require(
+                isinstance(value, Mapping),
+                f"{dotted} must be a table, got {value!r}; write [{dotted}]",
+            )
+            values[key] = build(typing.cast(type, hint), value, dotted)
+        else:
+            values[key] = _coerce(value, hint, dotted)
+    return cls(**values)
+
+
+def nearest(name: str, choices: Iterable[str], where: str = "") -> str:
+    """The end of an error message: the closest choice, or all of them."""
+    ordered = sorted(choices)
+    close = difflib.get_close_matches(name, ordered, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {where + '.' if where else ''}{close[0]}?"
+    return f"; choose from: {', '.join(ordered)}"
+
+
+def toml_text(mapping: Mapping[str, Any]) -> str:
+    """Nested plain values as TOML."""
+    lines: list[str] = []
+
+    def table(mapping: Mapping[str, Any], prefix: str) -> None:
+        scalars = {k: v for k, v in mapping.items() if not isinstance(v, Mapping)}
+        if prefix and (scalars or not mapping):
+            lines.append(f"\n[{prefix}]")
+        lines.extend(f"{_toml_key(k)} = {_toml_value(v)}" for k, v in scalars.items())
+        for key, value in mapping.items():
+            if isinstance(value, Mapping):
+                table(value, f"{prefix}.{_toml_key(key)}" if prefix else _toml_key(key))
+
+    table(mapping, "")
+    return "\n".join(lines) + "\n"
+
+
+def _coerce(value: Any, hint: Any, dotted: str) -> Any:
+    """`value` as `hint` asks, or a ConfigError. Integers pass as floats; nothing else converts."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _coerce(value, next(a for a in args if a is not type(None)), dotted)
+    if origin is Literal:
+        if value in args:
+            return value
+        choices = [str(a) for a in args]
+        raise ConfigError(
+            f"{dotted} must be one of {', '.join(choices)}, got {value!r}"
+            f"{nearest(str(value), choices)}"
+        )
+    if origin is tuple and isinstance(value, list | tuple):
+        inner = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        require(
+            len(inner) == len(value),
+            f"{dotted} must have {len(inner)} values, got {len(value)}: {list(value)}",
+        )
+        return tuple(_coerce(v, a, dotted) for v, a in zip(value, inner, strict=True))
+    if origin is dict:
+        origin = Mapping
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    expected = origin or hint
+    if not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(
+            f"{dotted} must be of type {getattr(hint, '__name__', hint)}, got {value!r}; "
+            f"write --{dotted} VALUE or {dotted.split('.')[-1]} = VALUE in the recipe"
+        )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{dotted} must be finite, got {value}; give a finite number")
+    return value
+
+
+def _toml_key(key: str) -> str:
+    return key if key.replace("_", "").replace("-", "").isalnum() else _toml_value(key)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return f'"{escaped}"'
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    return repr(value)
