@@ -1,0 +1,83 @@
+"""Objectives by name: each one file, one `LossBatch` in, a loss and per-sequence metrics out.
+
+    result = loss("flowrl", batch, preset="paper")     # one call, for tests and notebooks
+    result.loss.backward()
+
+    objective = build("flowrl", {"preset": "paper"})   # what the trainer holds
+
+Siblings (tasks, rollout, models) are never imported here. To add an objective: write its file after
+the pattern of grpo.py and name its class in OBJECTIVES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from flowrl.config import ConfigError, build_options
+from flowrl.objectives.base import LogZDefaults, Metrics, Objective, count_totals
+from flowrl.objectives.flowrl_objective import FlowRL
+from flowrl.objectives.grpo import GRPO
+from flowrl.objectives.rloo import RLOO
+from flowrl.objectives.rloo_kl import RLOOKL
+from flowrl.objectives.tb import TB
+from flowrl.objectives.vargrad import VarGrad
+from flowrl.records import LossBatch
+from flowrl.schema import nearest
+
+__all__ = [
+    "LogZDefaults",
+    "LossResult",
+    "Objective",
+    "build",
+    "count_totals",
+    "loss",
+    "names",
+]
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    cls.name: cls for cls in (FlowRL, TB, VarGrad, RLOO, RLOOKL, GRPO)
+}
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """What the one-call form gives back."""
+
+    loss: Tensor  # scalar
+    metrics: Metrics  # per sequence (N,), without gradient
+    summary: dict[str, float]  # the names that a run logs
+
+
+def names() -> list[str]:
+    return sorted(OBJECTIVES)
+
+
+def build(
+    name: str, options: Mapping[str, Any] | None = None, *, backend: str | None = None
+) -> Objective:
+    """The objective called `name` with checked options; `backend` of the operators that it calls.
+
+    Raises ConfigError for an unknown name or option (naming the nearest) and impossible values."""
+    if name not in OBJECTIVES:
+        raise ConfigError(f"no objective called {name!r}{nearest(name, names())}")
+    cls = OBJECTIVES[name]
+    return cls(build_options(cls.Options, options or {}, "objective"), backend)
+
+
+def loss(name: str, batch: LossBatch, **options: Any) -> LossResult:
+    """Prepares and evaluates a whole `LossBatch`: the mean over its sequences or tokens.
+
+    Fills `totals` from the batch, prepares, takes the group's statistic where there is one, and
+    evaluates. Differentiable in `batch.logprobs` and, where log Z is learned, `batch.log_z`.
+    Raises ConfigError as `build` does, ValueError for a field that the objective needs and lacks.
+    """
+    objective = build(name, options)
+    batch = objective.prepare(batch.replace(totals=count_totals(batch)))
+    if objective.coupling == "group":
+        batch = batch.replace(group_log_z=objective.group_statistic(batch))
+    value, metrics = objective.loss(batch)
+    return LossResult(value, metrics, objective.summarize(metrics, batch))

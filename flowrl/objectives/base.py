@@ -1,0 +1,116 @@
+"""What every objective is: an `Options` dataclass, a `prepare`, a `loss` and what they need.
+
+The trainer drives all objectives through this one interface and never asks for a name:
+
+    prepared = objective.prepare(whole_step)                 once a step, before any split
+    group_log_z = objective.group_statistic(whole_update)    where coupling == "group"
+    loss, metrics = objective.loss(microbatch)               sums over its sequences; add them up
+    numbers = objective.summarize(all_metrics, whole_update)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from flowrl.records import LossBatch, Totals
+
+Value = TypeVar("Value")
+
+AllReduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over the data-parallel ranks."""
+
+Metrics = dict[str, Tensor]
+"""Per sequence (N,), without gradient."""
+
+
+def identity(tensor: Tensor) -> Tensor:
+    """The all-reduce of a single rank."""
+    return tensor
+
+
+@dataclass(frozen=True)
+class LogZDefaults:
+    """What a preset says about the partition head; the [log_z] section overrides it."""
+
+    dropout: float = 0.0
+    include_last_prompt_token: bool = True
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class Objective(ABC):
+    """A loss over packed sequences that is a sum of per-sequence terms divided by `batch.totals`.
+
+    `loss` is sequence-local by construction: whatever couples sequences is computed beforehand, by
+    `prepare` from rewards (and old log-probs) and by `group_statistic` from current log-probs. So a
+    batch may be split and packed in any way, and losses and gradients of the parts add up.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type]
+    coupling: Literal["sequence", "group"] = "sequence"
+
+    def __init__(self, options: Any, backend: str | None = None) -> None:
+        self.options = options
+        self.backend = backend  # of the fused operators that the objective calls; None: the best
+
+    @property
+    @abstractmethod
+    def needs(self) -> frozenset[str]:
+        """Subset of: "ref", "log_z", "entropy", "values", "old" (a ratio to the old policy; None in
+        `old_logprobs` means on-policy) and "old_pass" (`prepare` reads `old_logprobs`)."""
+
+    @property
+    def beta(self) -> float | None:
+        """Inverse temperature of the nominal target pi_ref exp(beta r) / Z, or None."""
+        return None
+
+    @property
+    def log_z_defaults(self) -> LogZDefaults:
+        return LogZDefaults()
+
+    @abstractmethod
+    def prepare(self, batch: LossBatch, all_reduce: AllReduce = identity) -> LossBatch:
+        """`batch` with `advantages`: the only place that centres, z-scores or whitens.
+
+        Sees this rank's share of the whole step; a group is never split over ranks."""
+
+    def group_statistic(self, batch: LossBatch) -> Tensor:
+        """(N,) for `group_log_z`, from current log-probs, without gradient; whole groups only."""
+        raise ValueError(
+            f"{self.name} has no group statistic (coupling {self.coupling!r}); "
+            "call group_statistic only where coupling is 'group'"
+        )
+
+    @abstractmethod
+    def loss(self, batch: LossBatch) -> tuple[Tensor, Metrics]:
+        """The sum over the batch's sequences divided by `batch.totals`, and per-sequence metrics.
+
+        Differentiable in `logprobs` and in whatever else of `needs` carries a gradient."""
+
+    def summarize(self, metrics: Metrics, batch: LossBatch) -> dict[str, float]:
+        """Metric names and numbers of a whole update, from what `loss` measured on its parts.
+
+        Every metric is the mean over sequences, under actor/."""
+        return {f"actor/{name}": float(values.mean()) for name, values in metrics.items()}
+
+
+def count_totals(batch: LossBatch) -> Totals:
+    """Sizes of `batch` alone. Over several ranks, sum them before the batch is split."""
+    return Totals(
+        sequences=float(batch.num_sequences),
+        tokens=float(batch.mask.sum()),
+        groups=float(torch.unique(batch.group_ids).numel()),
+    )
+
+
+def given(value: Value | None, name: str) -> Value:
+    """`value`, or ValueError when the batch lacks a field that the objective needs."""
+    if value is None:
+        raise ValueError(f"the objective needs LossBatch.{name}, got None; set it before loss()")
+    return value

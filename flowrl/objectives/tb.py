@@ -1,0 +1,24 @@
+"""Trajectory balance: a learned log Z, raw rewards, whole-sequence log-probs.
+
+Its fixed point is pi_ref exp(beta r) / Z exactly. Source: arXiv:2201.13259, with pi_ref as prior.
+"""
+
+from __future__ import annotations
+
+from flowrl.objectives.squared_residual import (
+    ResidualOptions,
+    ResidualSettings,
+    SquaredResidual,
+    resolve,
+)
+
+
+class TB(SquaredResidual):
+    """residual = log Z(x) + log pi_theta(y) - beta * r - log pi_ref(y)."""
+
+    name = "tb"
+    Options = ResidualOptions
+
+    def resolve_options(self, options: ResidualOptions) -> ResidualSettings:
+        bound = options.bound or "none"
+        return resolve(options, bound, log_z="learned", length_norm=False, reward="raw")

@@ -1,0 +1,115 @@
+"""Golden values in float64, as tables of (name, options, loss, gradients).
+
+The numbers come from central differences of independent implementations of each formula.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from loss_batches import LENGTHS, assert_close, evaluate, one_group_of_four, two_groups_of_four
+
+from flowrl.objectives import squared_residual
+from flowrl.records import to_cu_seqlens
+
+# One group of four; the gradient is that of each token of a row.
+BOUND_TABLE = [
+    ({"bound": "none"}, 168.476546, [-2.103951, 3.285092, 2.201173, -6.470185]),
+    ({"preset": "paper"}, 173.395456, [-2.325225, 3.942111, 1.802168, -6.470185]),
+    ({"bound": "paper"}, 173.395456, [-2.325225, 3.942111, 1.802168, -6.470185]),
+    ({"preset": "recipe"}, 553.267957, [-2.325225, 32.850925, 1.802168, -6.470185]),
+    ({}, 553.267957, [-2.325225, 32.850925, 1.802168, -6.470185]),
+    ({"preset": "release"}, 988.633655, [-2.325225, 65.982846, 1.802168, -6.470185]),
+    # No token leaves [0.8, 1.28] on the side its reward pushes to, so only the bound matters:
+    # 3.285092 * 1.28 and, for the loss, 173.395456 + 0.08 * 13.140370^2 / 4.
+    ({"preset": "recipe_2025_11"}, 176.848843, [-2.325225, 4.204918, 1.802168, -6.470185]),
+]
+RESIDUALS = [-12.623703, 13.140370, 13.207036, -12.940370]
+LOG_WEIGHTS = [0.1, 3.0, -0.2, 0.0]
+
+# Two groups of four: loss, sum |g|, sum g, five entries of g, gradient of the two log Z.
+ENTRIES = ((0, 0), (1, 3), (3, 2), (5, 4), (6, 2))
+OBJECTIVE_TABLE = [
+    (
+        "rloo", {}, 0.104167, 1.916667, -0.166667,
+        [-0.083333, 0.083333, -0.083333, -0.041667, 0.125000], None,
+    ),
+    (
+        "grpo", {"kl_coef": 0.04}, 0.052657, 0.708151, 0.049684,
+        [-0.027552, 0.018473, -0.027063, -0.012500, 0.072847], None,
+    ),
+    (
+        "tb", {"beta": 2.0}, 2.794688, 9.962500, -9.112500,
+        [-0.500000, 0.050000, -0.487500, -0.525000, -0.087500], [-0.762500, -1.700000],
+    ),
+    (
+        "flowrl", {"preset": "paper"}, 160.654030, 23.597696, 0.827055,
+        [-0.852691, 0.663518, -0.686030, -0.383999, 1.595893], [2.122504, -1.295448],
+    ),
+]  # fmt: skip
+
+
+def rows_of(gradient: torch.Tensor, lengths) -> list[torch.Tensor]:
+    return list(gradient.split(list(lengths)))
+
+
+@pytest.mark.parametrize(("options", "loss", "row_gradients"), BOUND_TABLE)
+def test_bounds_of_flowrl(options, loss, row_gradients):
+    result, gradient, _ = evaluate("flowrl", one_group_of_four(), **options)
+    assert_close(result.loss.detach(), loss, atol=1e-6, rtol=0)
+    for row, expected in zip(rows_of(gradient, (3, 2, 3, 1)), row_gradients, strict=True):
+        assert_close(row, [expected] * row.numel(), atol=1e-6, rtol=0)
+
+
+def test_parts_of_the_residual():
+    result, _, log_z_gradient = evaluate("flowrl", one_group_of_four(), bound="none")
+    assert_close(result.metrics["residual"], RESIDUALS, atol=1e-6, rtol=0)
+    assert_close(result.metrics["log_weight"], LOG_WEIGHTS)
+    assert_close(log_z_gradient, [2 * r / 4 for r in RESIDUALS], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "loss", "l1", "total", "entries", "z"), OBJECTIVE_TABLE
+)
+def test_objectives(name, options, loss, l1, total, entries, z):
+    result, gradient, log_z_gradient = evaluate(name, two_groups_of_four(), **options)
+    starts = to_cu_seqlens(torch.tensor(LENGTHS))
+    assert_close(result.loss.detach(), loss, atol=1e-6, rtol=0)
+    assert_close(gradient.abs().sum(), l1, atol=1e-6, rtol=0)
+    assert_close(gradient.sum(), total, atol=1e-6, rtol=0)
+    picked = [gradient[int(starts[i]) + t] for i, t in ENTRIES]
+    assert_close(torch.stack(picked), entries, atol=1e-6, rtol=0)
+    if z is None:
+        assert log_z_gradient is None
+    else:
+        assert log_z_gradient is not None
+        assert_close(log_z_gradient.view(2, 4).sum(1), z, atol=1e-6, rtol=0)
+
+
+def test_the_paper_row_sees_a_weight_that_is_computed_and_not_used(monkeypatch):
+    """Negative control: the released code's defect, multiplying by the raw weight."""
+    monkeypatch.setitem(squared_residual.BOUNDS, "paper", squared_residual.BOUNDS["release"])
+    result, _, _ = evaluate("flowrl", one_group_of_four(), preset="paper")
+    assert abs(float(result.loss.detach()) - 173.395456) > 100
+
+
+def test_token_mask_drops_tokens_that_the_reward_pushes_out():
+    """Row 1 has rhat < 0 and row 3 rhat > 0: a ratio below 0.8 and one above 1.28 are dropped from
+    the means and from log w; the same ratios on the other rows are kept."""
+    batch = one_group_of_four()
+    assert batch.logprobs is not None
+    log_ratio = torch.tensor([-0.3, 0.0, 0.0, -0.3, 0.1, 0.3, 0.0, 0.0, 0.3], dtype=torch.float64)
+    batch = batch.replace(old_logprobs=batch.logprobs - log_ratio)
+    result, gradient, _ = evaluate("flowrl", batch, preset="recipe_2025_11")
+
+    rhat = 0.8660247  # of +-1 in this group
+    residual_1 = 0.25 - 0.1 + 15 * rhat + 0.4  # only the second token of row 1 is left
+    assert_close(result.metrics["residual"][1], residual_1, atol=1e-5, rtol=0)
+    assert_close(result.metrics["log_weight"], [-0.3, 0.1, 0.3, 0.0])
+    assert_close(result.metrics["masked_token_frac"], [0.0, 0.5, 0.0, 1.0])
+    assert_close(gradient[3:5], [0.0, 2 * math.exp(0.1) * residual_1 / 4], atol=1e-5, rtol=0)
+    assert float(gradient[8]) == 0.0  # all of row 3 is dropped
+    unmasked, _, _ = evaluate("flowrl", batch, preset="recipe_2025_11", token_mask=False)
+    assert abs(float(unmasked.metrics["residual"][1]) - residual_1) > 0.05

@@ -1,0 +1,142 @@
+"""Names, options and presets: every option has an effect, or is refused with a remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from flowrl_kernels import WeightBound
+from loss_batches import evaluate, one_group_of_four, random_batch
+
+from flowrl.config import ConfigError
+from flowrl.objectives import LogZDefaults, build, loss, names
+from flowrl.objectives.squared_residual import SquaredResidual
+
+CODE_HEAD = LogZDefaults(dropout=0.1, include_last_prompt_token=False, dtype="bfloat16")
+
+PRESET_TABLE = [
+    ({}, WeightBound(None, 10.0), None, LogZDefaults()),
+    ({"preset": "paper"}, WeightBound(0.8, 1.2), None, LogZDefaults()),
+    ({"preset": "release"}, WeightBound(None, None), None, CODE_HEAD),
+    ({"preset": "recipe"}, WeightBound(None, 10.0), None, CODE_HEAD),
+    ({"preset": "recipe_2025_11"}, WeightBound(0.8, 1.28), (0.8, 1.28), CODE_HEAD),
+    ({"preset": "release", "bound": "none"}, None, None, CODE_HEAD),
+    ({"preset": "recipe", "max_weight": 3.0}, WeightBound(None, 3.0), None, CODE_HEAD),
+    ({"bound": "paper", "clip_eps_high": 0.5}, WeightBound(0.8, 1.5), None, LogZDefaults()),
+    ({"preset": "paper", "token_mask": True}, WeightBound(0.8, 1.2), (0.8, 1.2), LogZDefaults()),
+]
+
+
+@pytest.mark.parametrize(("options", "bound", "token_clip", "head"), PRESET_TABLE)
+def test_presets(options, bound, token_clip, head):
+    objective = build("flowrl", options)
+    assert isinstance(objective, SquaredResidual)
+    assert objective.settings.weight_bound == bound
+    assert objective.settings.token_clip == token_clip
+    assert objective.log_z_defaults == head
+    assert dataclasses.astuple(objective.settings)[:4] == (15.0, "learned", True, "zscore")
+
+
+NEEDS_TABLE = [
+    ("flowrl", {}, {"ref", "old", "log_z"}, "sequence", None),
+    ("flowrl", {"bound": "none", "log_z": "zero"}, {"ref"}, "sequence", None),
+    ("flowrl", {"log_z": "group_mean", "reward": "raw"}, {"ref", "old"}, "group", 15.0),
+    ("tb", {"beta": 2.0}, {"ref", "log_z"}, "sequence", 2.0),
+    ("vargrad", {"bound": "recipe"}, {"ref", "old"}, "group", 3.0),
+    ("rloo", {}, set(), "sequence", None),
+    ("rloo_kl", {}, {"ref", "old_pass"}, "sequence", 3.0),
+    ("grpo", {}, {"ref", "old"}, "sequence", None),
+    ("grpo", {"kl_coef": 0.0}, {"old"}, "sequence", None),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "needs", "coupling", "beta"), NEEDS_TABLE)
+def test_what_objectives_declare(name, options, needs, coupling, beta):
+    objective = build(name, options)
+    assert (objective.needs, objective.coupling, objective.beta) == (needs, coupling, beta)
+
+
+REFUSED = [
+    ("flowlr", {}, r"no objective called 'flowlr'; did you mean flowrl\?"),
+    ("flowrl", {"betta": 1.0}, r"unknown setting objective.betta; did you mean objective.beta\?"),
+    ("flowrl", {"preset": "papr"}, "did you mean paper"),
+    ("flowrl", {"beta": 0.0}, "objective.beta must be > 0, got 0.0"),
+    ("flowrl", {"clip_eps_low": 0.1}, "clip_eps_low has no effect with bound 'recipe'"),
+    (
+        "flowrl",
+        {"preset": "paper", "max_weight": 5.0},
+        "max_weight has no effect",
+    ),
+    ("flowrl", {"bound": "none", "token_mask": True}, "token_mask has no effect with bound 'none'"),
+    ("flowrl", {"preset": "recipe_2025_11", "reward": "raw"}, "needs reward=zscore"),
+    ("tb", {"log_z": "zero"}, "unknown setting objective.log_z"),
+    ("vargrad", {"max_weight": 2.0}, "no effect with bound 'none'"),
+    ("rloo", {"beta": 1.0}, "unknown setting objective.beta"),
+    ("rloo_kl", {"beta": -1.0}, "objective.beta must be > 0"),
+    ("grpo", {"clip_eps_low": 1.5}, r"clip_eps_low must be in \[0, 1\]"),
+    ("grpo", {"aggregation": "token-sum"}, "aggregation must be one of"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "message"), REFUSED)
+def test_refused(name, options, message):
+    with pytest.raises(ConfigError, match=message):
+        build(name, options)
+
+
+EFFECTS = [
+    ("flowrl", {}, {"beta": 5.0}),
+    ("flowrl", {}, {"length_norm": False}),
+    ("flowrl", {}, {"reward": "raw"}),
+    ("flowrl", {}, {"log_z": "zero"}),
+    ("flowrl", {}, {"log_z": "group_mean"}),
+    ("flowrl", {}, {"max_weight": 1.0}),
+    ("flowrl", {}, {"bound": "release"}),
+    ("flowrl", {"preset": "paper"}, {"clip_eps_low": 0.01}),
+    ("flowrl", {"preset": "paper"}, {"clip_eps_high": 0.5}),
+    ("flowrl", {"preset": "recipe_2025_11"}, {"clip_eps_high": 0.01}),
+    ("tb", {}, {"beta": 5.0}),
+    ("tb", {}, {"bound": "paper"}),
+    ("vargrad", {}, {"beta": 5.0}),
+    ("rloo_kl", {}, {"beta": 5.0}),
+    ("grpo", {}, {"kl_coef": 0.5}),
+    ("grpo", {}, {"clip_eps_low": 0.01}),
+    ("grpo", {}, {"clip_eps_high": 0.01}),
+    ("grpo", {}, {"aggregation": "token-mean"}),
+]
+
+
+@pytest.mark.parametrize(("name", "base", "change"), EFFECTS)
+def test_every_option_has_an_effect(name, base, change):
+    """The released code read its beta and clip settings without using them."""
+    batch = one_group_of_four()
+    _, before, _ = evaluate(name, batch, **base)
+    _, after, _ = evaluate(name, batch, **base, **change)
+    assert float((after - before).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("flowrl", "logprobs"),
+        ("flowrl", "ref_logprobs"),
+        ("flowrl", "log_z"),
+        ("rloo_kl", "old_logprobs"),
+        ("grpo", "ref_logprobs"),
+    ],
+)
+def test_a_missing_field_is_named(name, field):
+    with pytest.raises(ValueError, match=f"needs LossBatch.{field}, got None"):
+        loss(name, one_group_of_four().replace(**{field: None}))
+
+
+def test_group_statistics_are_refused_where_they_mean_nothing():
+    with pytest.raises(ValueError, match="flowrl has no group statistic"):
+        build("flowrl").group_statistic(one_group_of_four())
+    with pytest.raises(ValueError, match="at least 2 samples per prompt"):
+        loss("vargrad", random_batch(0, [1, 1, 1]))
+
+
+def test_names_are_sorted_and_build():
+    assert names() == sorted(names())
+    assert [build(name).name for name in names()] == names()
