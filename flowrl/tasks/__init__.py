@@ -1,17 +1,25 @@
 """Tasks: where prompts come from, how answers are scored and, where known, all right answers.
 
-A task is one file with an `Options` dataclass and a class that follows `Task`. Shipped ones are found
-by name; a user's own by the path of its file (`--task.name path/to/my_task.py`), which must define
-`build(options: dict) -> Task`.
+A task is one file with an `Options` dataclass and a class that follows `Task`. Shipped ones are
+found by name; a user's own by the path of its file (`--task.name path/to/my_task.py`), which must
+define `build(options: dict) -> Task`. A worked example is in docs/tasks.md.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
+from flowrl.config import ConfigError, nearest, require
 from flowrl.records import Prompt, Rollout, Score
+
+TASK_NAMES = ("countdown", "jsonl", "modular")  # each is the module flowrl.tasks.<name>
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,9 @@ class Task(Protocol):
         """The index-th problem of `split` ("train" or "eval"), without token ids.
 
         Training streams are endless: an index past the end starts the next epoch, in another order.
-        The two splits never share a problem, unless the user's files do."""
+        The prompt's index is the one asked for, so that a problem has new noise in every epoch;
+        data["problem"] is a string that stays the same. The two splits never share a problem,
+        unless the user's files or options say so."""
         ...
 
     def num_prompts(self, split: str) -> int:
@@ -63,5 +73,45 @@ class Task(Protocol):
 
 
 def build_task(name: str, options: dict[str, Any], timeout_s: float) -> Task:
-    """The task called `name`, with checked options. Raises ConfigError with the nearest name."""
-    raise NotImplementedError
+    """The task called `name`, with checked options; a name that ends in .py is a user's file.
+
+    `timeout_s` limits one call of a user's scorer (jsonl). Raises ConfigError: unknown name or
+    option (with the nearest), an impossible value, a file that cannot be loaded or defines no task.
+    """
+    if name.endswith(".py"):
+        return _build_from_file(Path(name), options)
+    if name not in TASK_NAMES:
+        raise ConfigError(f"no task called {name!r}{nearest(name, TASK_NAMES)}")
+    return importlib.import_module(f"flowrl.tasks.{name}").build(options, timeout_s)
+
+
+def _build_from_file(path: Path, options: dict[str, Any]) -> Task:
+    require(path.is_file(), f"task file not found: {path}; correct task.name")
+    module = _load(path)
+    require(
+        callable(getattr(module, "build", None)),
+        f"{path} must define build(options: dict) -> Task; see docs/tasks.md",
+    )
+    task = module.build(options)
+    members = [m for m in (*Task.__annotations__, *vars(Task)) if not m.startswith("_")]
+    missing = [m for m in members if not hasattr(task, m)]
+    require(not missing, f"the task of {path} must have {', '.join(missing)}; see docs/tasks.md")
+    return task
+
+
+def _load(path: Path) -> ModuleType:
+    """The user's file as a module. Any error of its own is the user's to read, with its line."""
+    name = f"flowrl_user_task_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    assert spec is not None, path  # it ends in .py
+    assert spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ConfigError(
+            f"cannot load the task file {path}: {type(error).__name__}: {error}; correct that file"
+        ) from error
+    return module
