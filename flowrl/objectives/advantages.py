@@ -9,17 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowrl.objectives.groups import from_group_origin, group_mean, group_sizes, group_std
+from flowrl.objectives.groups import group_mean, group_sizes, group_std
 
 ZSCORE_EPS = 1e-6
 
 
 def centred(rewards: Tensor, group_ids: Tensor) -> Tensor:
     """r_i - mean_G(r)."""
-    shifted = from_group_origin(rewards, group_ids)
-    deviation = shifted - group_mean(shifted, group_ids)
+    wide = rewards.double()
     alone = group_sizes(group_ids) == 1
-    return torch.where(alone, rewards.double(), deviation).to(rewards.dtype)
+    return torch.where(alone, wide, wide - group_mean(wide, group_ids)).to(rewards.dtype)
 
 
 def leave_one_out(rewards: Tensor, group_ids: Tensor) -> Tensor:
@@ -31,7 +30,7 @@ def leave_one_out(rewards: Tensor, group_ids: Tensor) -> Tensor:
 
 def zscore(rewards: Tensor, group_ids: Tensor) -> Tensor:
     """(r_i - mean_G(r)) / (std_G(r) + 1e-6), unbiased std. Source: arXiv:2402.03300,
-    section 4.1.2; epsilon and ddof as in verl. A uniform group gives exactly 0."""
+    section 4.1.2; epsilon and ddof as in verl. A uniform group gives 0."""
     wide = rewards.double()
     scaled = centred(wide, group_ids) / (group_std(wide, group_ids) + ZSCORE_EPS)
     return scaled.to(rewards.dtype)

@@ -2,6 +2,7 @@
 
 Members are found by `group_ids`, in any order and any group size. All are computed in float64 by
 segment sums in a fixed order, so results repeat bit for bit, and returned in the input's dtype.
+In float64 the mean of equal float32 numbers is that number, so a uniform group deviates by exactly 0.
 """
 
 from __future__ import annotations
@@ -45,16 +46,3 @@ def group_std(values: Tensor, group_ids: Tensor) -> Tensor:
     deviation = wide - group_mean(wide, group_ids)
     variance = group_sum(deviation.square(), group_ids) / (sizes - 1).clamp(min=1)
     return torch.where(sizes > 1, variance.sqrt(), 1.0).to(values.dtype)
-
-
-def from_group_origin(values: Tensor, group_ids: Tensor) -> Tensor:
-    """(N,) float64 difference to the first member of the group.
-
-    Centring after this gives exactly 0 in a uniform group, where a mean of equal numbers may be off
-    by a rounding error that dividing by std + 1e-6 would blow up."""
-    _, inverse = torch.unique(group_ids, return_inverse=True)
-    order = torch.argsort(inverse, stable=True)
-    lengths = torch.bincount(inverse)
-    first = order[lengths.cumsum(0) - lengths]  # (groups,)
-    wide = values.detach().double()
-    return wide - wide[first][inverse]

@@ -39,6 +39,14 @@ def test_flow_metrics_of_the_paper_preset():
     assert all(type(value) is float for value in result.summary.values())
 
 
+def test_a_weight_below_the_lower_bound_counts_as_clipped():
+    """exp(-0.2) = 0.819 is below 1 - 0.1; without a lower bound only exp(3) is clipped, at 10."""
+    result, _, _ = evaluate("flowrl", one_group_of_four(), bound="paper", clip_eps_low=0.1)
+    assert result.metrics["clipped"].tolist() == [0, 1, 1, 0]
+    result, _, _ = evaluate("flowrl", one_group_of_four(), bound="recipe")
+    assert result.metrics["clipped"].tolist() == [0, 1, 0, 0]
+
+
 def test_log_z_gap_is_taken_group_by_group():
     """Two prompts, off by +1 and -1: the signed gap is 0, the absolute one is 1."""
     objective = build("tb")
