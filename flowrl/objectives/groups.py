@@ -2,7 +2,7 @@
 
 Members are found by `group_ids`, in any order and any group size. All are computed in float64 by
 segment sums in a fixed order, so results repeat bit for bit, and returned in the input's dtype.
-In float64 the mean of equal float32 numbers is that number, so a uniform group deviates by exactly 0.
+There the mean of equal float32 numbers is that number: a uniform group deviates by exactly 0.
 """
 
 from __future__ import annotations
