@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from flowrl.config import Config
 from flowrl.records import Rollout, SampleRequest
 
 
@@ -17,7 +20,26 @@ class Sampler(Protocol):
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
-        """Takes the policy's tensors under their Hugging Face names and checks that they arrived."""
+        """Takes the policy's tensors under their Hugging Face names; checks that they arrived."""
         ...
 
     def close(self) -> None: ...
+
+
+def build_sampler(config: Config, model_dir: Path, tokenizer: Any, device: torch.device) -> Sampler:
+    """The sampler that config.rollout.engine names, holding the weights of `model_dir`.
+
+    Raises ConfigError for a replay directory without recorded rollouts."""
+    if config.rollout.engine == "replay":
+        from flowrl.rollout.replay_sampler import ReplaySampler
+
+        return ReplaySampler(Path(config.rollout.replay_dir))
+    from flowrl.rollout.hf_sampler import HFSampler
+
+    return HFSampler(
+        model_dir,
+        getattr(torch, config.model.dtype),
+        device,
+        tokenizer,
+        config.rollout.max_batch_sequences,
+    )
