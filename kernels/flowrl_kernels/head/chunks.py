@@ -1,0 +1,107 @@
+"""How many rows a chunk has, and the buffers that chunks share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from flowrl_kernels.checks import IGNORE_INDEX
+from flowrl_kernels.head import Head
+from flowrl_kernels.head.products import dhidden, dweight_, is_mixed
+from flowrl_kernels.head.vocab_parallel import sum_over_ranks_
+
+# The default of max_logits_bytes. CPU: the products reach their full rate from about 256 rows of
+# 151936 columns on (64 rows: 40% slower; 512: 4% faster), and the naive form's memory is a multiple
+# of it.
+DEFAULT_LOGITS_BYTES = {"cpu": 256 << 20, "cuda": 3 << 30}
+
+Rows = slice | Tensor  # consecutive rows, or (n,) int64 positions
+
+
+def rows_per_chunk(head: Head, max_logits_bytes: int | None) -> int:
+    """Rows whose logits fit in `max_logits_bytes`, at least one; a bfloat16 copy of the gradient,
+    where the products need it, counts too. Counted with padding, so that ranks with unlike shares
+    of it have the same chunks: each chunk is a collective."""
+    device = head.weight.device
+    if max_logits_bytes is None:
+        max_logits_bytes = DEFAULT_LOGITS_BYTES[device.type]
+    element_bytes = head.dtype.itemsize + 2 * is_mixed(head.weight.dtype, device)
+    return max(max_logits_bytes // max(head.padded_columns * element_bytes, 1), 1)
+
+
+def counted_rows(targets: Tensor, tokens: slice, num_counted: int) -> Rows:
+    """Rows of `tokens` that are not masked; a slice, hence no copies, where all count."""
+    if num_counted == tokens.stop - tokens.start:
+        return tokens
+    return (targets[tokens] != IGNORE_INDEX).nonzero()[:, 0] + tokens.start
+
+
+def split(rows: Rows, num_rows: int, most: int) -> Iterator[tuple[Rows, int]]:
+    """`rows` in the fewest pieces of at most `most`, of nearly equal size, each with its size."""
+    pieces = -(-num_rows // most)
+    for i in range(pieces):
+        start, stop = num_rows * i // pieces, num_rows * (i + 1) // pieces
+        if isinstance(rows, slice):
+            yield slice(rows.start + start, rows.start + stop), stop - start
+        else:
+            yield rows[start:stop], stop - start
+
+
+class Workspace:
+    """One (rows, V_valid) buffer for the logits of every chunk; the largest tensor alive."""
+
+    def __init__(self, head: Head, num_rows: int) -> None:
+        self._buffer = head.weight.new_empty(num_rows, head.weight.shape[0], dtype=head.dtype)
+
+    def rows(self, num_rows: int) -> Tensor:  # (num_rows, V_valid)
+        return self._buffer[:num_rows]
+
+
+class HeadGradients:
+    """d(hidden) and d(weight), summed chunk by chunk. Either may be unwanted: then it costs
+    nothing.
+
+    `weight_sum` (V_local, D), of head.dtype, receives d(weight); None: a new one is made."""
+
+    def __init__(
+        self,
+        head: Head,
+        hidden: Tensor,  # (T, D)
+        padded_weight: Tensor,  # (V_local, D)
+        wanted: tuple[bool, bool],
+        weight_sum: Tensor | None = None,
+    ) -> None:
+        self._head = head
+        self._hidden = hidden
+        want_hidden, want_weight = wanted
+        # Parts of several ranks are summed before they are rounded to the dtype of hidden.
+        dtype = hidden.dtype if head.group is None else head.dtype
+        self._dhidden = hidden.new_zeros(hidden.shape, dtype=dtype) if want_hidden else None
+        self._dweight = None
+        if want_weight:
+            if weight_sum is None:
+                weight_sum = torch.zeros(
+                    padded_weight.shape, dtype=head.dtype, device=hidden.device
+                )
+            self._dweight = weight_sum
+
+    @property
+    def wanted(self) -> bool:
+        return self._dhidden is not None or self._dweight is not None
+
+    def add(self, rows: Rows, dlogits: Tensor) -> None:
+        """dlogits (n, V_valid) of `rows`; the rows of d(hidden) are set, d(weight) is added to."""
+        if self._dhidden is not None:
+            self._dhidden[rows] = dhidden(dlogits, self._head.weight).to(self._dhidden.dtype)
+        if self._dweight is not None:
+            valid = self._dweight[: dlogits.shape[1]]
+            dweight_(valid, dlogits, self._hidden[rows])
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None]:
+        """d(hidden) in the dtype of hidden, d(weight) in head.dtype."""
+        if self._dhidden is None:
+            return None, self._dweight
+        summed = sum_over_ranks_(self._head, self._dhidden)
+        return summed.to(self._hidden.dtype), self._dweight

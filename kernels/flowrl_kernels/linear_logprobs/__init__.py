@@ -1,0 +1,107 @@
+"""Log-probabilities of target tokens under a linear output layer, without its logits.
+
+`reference.py` is the definition, `torch_chunked.py` the same in chunks of rows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+from flowrl_kernels import backends, checks
+from flowrl_kernels.linear_logprobs import reference, torch_chunked
+from flowrl_kernels.linear_logprobs.contract import LinearLogprobs
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["LinearLogprobs", "linear_logprobs"]
+
+
+def linear_logprobs(
+    hidden: Tensor,  # (T, D) hidden[t] is the state that predicts targets[t]
+    weight: Tensor,  # (V_local, D)
+    targets: Tensor,  # (T,) int64, -100 where masked
+    *,
+    temperature: float = 1.0,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
+    group: ProcessGroup | None = None,
+    entropy: Literal["none", "metric", "grad"] = "none",
+    precision: Literal["native", "fp8"] = "native",
+    max_logits_bytes: int | None = None,
+    backend: str | None = None,
+) -> LinearLogprobs:
+    """Log-probability of each row's target, its log-sum-exp and, if asked for, its entropy.
+
+        z_tj       = hidden_t . weight_j / temperature
+        lse_t      = log sum_j exp(z_tj)
+        logprob_t  = z_t,target - lse_t
+        entropy_t  = lse_t - sum_j exp(z_tj - lse_t) z_tj
+
+    Nothing is averaged. Differentiable in hidden and weight; "grad" makes the entropy so too. A
+    hidden or a weight that needs no gradient costs no product in backward. Statistics, sums and
+    outputs are float32 whatever the inputs, float64 for float64. Masked rows give 0 and no
+    gradient, whatever their hidden state holds.
+
+    `vocab_size` is the true vocabulary where weight is padded: columns past it take no part and get
+    zero gradient. With `group`, each rank holds equally many columns (padding included) from
+    `vocab_start` on, all ranks give the same hidden, targets and options, all get the same result,
+    and the gradient of hidden is summed over ranks.
+
+    The torch backend holds at most `max_logits_bytes` of logits (default 256 MiB on a CPU, 3 GiB on
+    CUDA), stores the log-sum-exp and makes the logits a second time in backward: 8 T D V flop in
+    all.
+
+    Raises ValueError for shapes, dtypes, devices, targets or options out of range, and for a
+    backend that cannot run the call. Source: arXiv:2411.09009 for the idea of recomputing the
+    logits.
+    """
+    checks.check_head(
+        hidden,
+        weight,
+        targets,
+        temperature=temperature,
+        entropy=entropy,
+        max_logits_bytes=max_logits_bytes,
+    )
+    checks.check_vocabulary(weight, targets, vocab_start, vocab_size, group)
+    checks.require(
+        precision in ("native", "fp8"),
+        "precision must be 'native' or 'fp8'",
+        repr(precision),
+        "use precision='native'",
+    )
+    in_use = {"group": group is not None, "fp8": precision == "fp8", "entropy": entropy != "none"}
+    call = backends.Call(
+        hidden.device, hidden.dtype, frozenset(name for name, used in in_use.items() if used)
+    )
+    return backends.resolve("linear_logprobs", backend, call).run(
+        hidden,
+        weight,
+        targets,
+        temperature=temperature,
+        vocab_start=vocab_start,
+        vocab_size=vocab_size,
+        group=group,
+        entropy=entropy,
+        precision=precision,
+        max_logits_bytes=max_logits_bytes,
+    )
+
+
+def _reference_can_run(call: backends.Call) -> str | None:
+    if "group" in call.features:
+        return "holds the whole vocabulary on one rank and takes no group"
+    return "has no FP8 product" if "fp8" in call.features else None
+
+
+def _torch_can_run(call: backends.Call) -> str | None:
+    if call.device.type not in ("cpu", "cuda"):
+        return f"runs on cpu and cuda, not on {call.device.type}"
+    return "has no FP8 product" if "fp8" in call.features else None
+
+
+backends.register("linear_logprobs", "reference", _reference_can_run)(reference.linear_logprobs)
+backends.register("linear_logprobs", "torch", _torch_can_run)(torch_chunked.linear_logprobs)

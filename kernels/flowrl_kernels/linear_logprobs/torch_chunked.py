@@ -1,0 +1,126 @@
+"""linear_logprobs in chunks of rows: the logits are made, reduced and forgotten, twice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flowrl_kernels.checks import IGNORE_INDEX, valid_columns
+from flowrl_kernels.head import Head, HeadKernels, RowGradients, RowStatistics
+from flowrl_kernels.head.chunks import (
+    HeadGradients,
+    Rows,
+    Workspace,
+    counted_rows,
+    rows_per_chunk,
+    split,
+)
+from flowrl_kernels.head.torch_kernels import TorchHead
+from flowrl_kernels.head.vocab_parallel import finish
+from flowrl_kernels.linear_logprobs.contract import LinearLogprobs
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def linear_logprobs(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V_local, D)
+    targets: Tensor,  # (T,)
+    *,
+    temperature: float,
+    vocab_start: int,
+    vocab_size: int | None,
+    group: ProcessGroup | None,
+    entropy: str,
+    precision: str,
+    max_logits_bytes: int | None,
+) -> LinearLogprobs:
+    assert precision == "native", precision
+    columns = valid_columns(weight, vocab_start, vocab_size)
+    call = _Call(columns, temperature, vocab_start, group, entropy, max_logits_bytes, TorchHead())
+    return LinearLogprobs(*_LinearLogprobs.apply(call, hidden, weight, targets))
+
+
+@dataclass(frozen=True)
+class _Call:
+    num_columns: int
+    temperature: float
+    vocab_start: int
+    group: ProcessGroup | None
+    entropy: str
+    max_logits_bytes: int | None
+    kernels: HeadKernels
+
+    def head(self, weight: Tensor) -> Head:
+        return Head(
+            weight[: self.num_columns],
+            weight.shape[0],
+            self.temperature,
+            self.vocab_start,
+            self.group,
+            entropy=self.entropy != "none",
+        )
+
+    def chunks(self, head: Head, targets: Tensor) -> tuple[list[tuple[Rows, int]], Workspace]:
+        """Pieces of the rows that count with their sizes, and a workspace for the largest."""
+        num_counted = int((targets != IGNORE_INDEX).sum())
+        rows = counted_rows(targets, slice(0, targets.numel()), num_counted)
+        pieces = list(split(rows, num_counted, rows_per_chunk(head, self.max_logits_bytes)))
+        return pieces, Workspace(head, max((size for _, size in pieces), default=0))
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, call: _Call, hidden: Tensor, weight: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        head = call.head(weight)
+        logprobs = hidden.new_zeros(targets.shape, dtype=head.dtype)  # masked rows stay 0
+        row_max, log_sum, entropy = (torch.zeros_like(logprobs) for _ in range(3))
+        chunks, workspace = call.chunks(head, targets)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows, size in chunks:
+                out = workspace.rows(size)
+                local = call.kernels.statistics(head, hidden[rows], targets[rows], out)
+                done = finish(head, local)
+                row_max[rows], log_sum[rows] = done.row_max, done.log_sum
+                logprobs[rows] = done.logprobs
+                if done.entropy is not None:
+                    entropy[rows] = done.entropy
+        ctx.call = call
+        ctx.save_for_backward(hidden, weight, targets, logprobs, row_max, log_sum, entropy)
+        ctx.set_materialize_grads(False)
+        if call.entropy == "metric":
+            ctx.mark_non_differentiable(entropy)
+        return logprobs, row_max + log_sum, entropy if head.entropy else None
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None
+    ) -> tuple[None, Tensor | None, Tensor | None, None]:
+        call: _Call = ctx.call
+        hidden, weight, targets, logprobs, row_max, log_sum, entropy = ctx.saved_tensors
+        head = call.head(weight)
+        wanted = (ctx.needs_input_grad[1], ctx.needs_input_grad[2])
+        gradients = HeadGradients(head, hidden, weight, wanted)
+        if dlogprobs is None:
+            dlogprobs = torch.zeros_like(logprobs)
+        chunks, workspace = call.chunks(head, targets)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows, size in chunks:
+                out, of_rows = workspace.rows(size), targets[rows]
+                local = call.kernels.statistics(head, hidden[rows], of_rows, out)
+                done = RowStatistics(row_max[rows], log_sum[rows], logprobs[rows], entropy[rows])
+                incoming = RowGradients(dlogprobs[rows], _at(dlse, rows), _at(dentropy, rows))
+                call.kernels.dlogits_(head, of_rows, out, local, done, incoming)
+                gradients.add(rows, out)
+        dhidden, dweight = gradients.finish()
+        return None, dhidden, None if dweight is None else dweight.to(weight.dtype), None
+
+
+def _at(gradient: Tensor | None, rows: Rows) -> Tensor | None:
+    return None if gradient is None else gradient[rows]
