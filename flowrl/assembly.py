@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from flowrl_kernels import backends
 
 from flowrl import objectives
@@ -39,7 +40,8 @@ def resolve(config: Config) -> tuple[Config, Objective]:
     """The config with what the objective's preset decides filled in, and the objective itself.
 
     Raises ConfigError for options that the objective or the kernels refuse."""
-    objective = objectives.build(config.objective.name, config.objective.options)
+    backend = None if config.kernels.backend == "auto" else config.kernels.backend
+    objective = objectives.build(config.objective.name, config.objective.options, backend=backend)
     defaults = objective.log_z_defaults
     given = {k: v for k, v in dataclasses.asdict(config.log_z).items() if v is not None}
     log_z = dataclasses.replace(config.log_z, **{**dataclasses.asdict(defaults), **given})
@@ -54,7 +56,10 @@ def resolve(config: Config) -> tuple[Config, Objective]:
 
 def kernel_backend(config: Config) -> str:
     """Name of the backend that the fused head will use."""
-    return backends.available()[0] if config.kernels.backend == "auto" else config.kernels.backend
+    if config.kernels.backend != "auto":
+        return config.kernels.backend
+    use_cuda = config.model.device != "cpu" and torch.cuda.is_available()
+    return backends.available("cuda" if use_cuda else "cpu")[0]
 
 
 def model_dir(config: Config, task: Task, parallel: Parallel, say: Callable[[str], None]) -> Path:

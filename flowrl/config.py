@@ -286,7 +286,7 @@ class Config:
     recipe: str = "countdown_cpu"
     """Name of the recipe that this config came from."""
     seed: int = 0
-    """The one seed of a run: data order, sampling noise, dropout, log Z initialisation."""
+    """Seed of sampling noise, dropout and log Z. Problems and their order have task.seed."""
     run: RunConfig = field(default_factory=RunConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     base: BaseConfig = field(default_factory=BaseConfig)

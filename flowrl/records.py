@@ -29,8 +29,9 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What a sampler is asked for. Noise is a function of (seed, step, stream, prompt.index,
-    sample, position), never of rank or batch layout; `stream` keeps training and evaluation apart."""
+    """What a sampler is asked for. Its noise is a function of (seed, step, stream, prompt.index,
+    sample, position), never of rank or batch layout; `stream` keeps training and evaluation apart.
+    """
 
     prompts: Sequence[Prompt]
     group_size: int

@@ -1,8 +1,7 @@
 """Checkpoints: whole or absent, and the newest valid one is found."""
 
-import torch
-
 import pytest
+import torch
 
 from flowrl import checkpoint
 from flowrl.parallel import Parallel

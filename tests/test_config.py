@@ -60,7 +60,10 @@ def test_another_objective_takes_its_own_table_and_drops_the_other_options():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--batch.group_siz", "4"], r"unknown setting batch.group_siz; did you mean batch.group_size"),
+        (
+            ["--batch.group_siz", "4"],
+            r"unknown setting batch.group_siz; did you mean batch.group_size",
+        ),
         (["--batc.group_size", "4"], r"unknown setting batc; did you mean batch"),
         (["--batch.group_size", "four"], r"batch.group_size must be of type int, got 'four'"),
         (["--batch.group_size", "0"], r"batch.group_size must be >= 1, got 0"),

@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -216,6 +217,23 @@ def _without_progress_bars() -> Iterator[None]:
     finally:
         if had_bars:
             hf_logging.enable_progress_bar()
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    parameters: int
+    vocabulary: int  # V
+    hidden: int  # D
+
+
+def model_size(path: str, base: BaseConfig, alphabet: str) -> ModelSize:
+    """Of the model at `path`, or of the base model for `alphabet` where `path` is empty; nothing is
+    loaded or built."""
+    config = _load_config(Path(path)) if path else _base_config(base, character_tokenizer(alphabet))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    return ModelSize(model.num_parameters(), text.vocab_size, text.hidden_size)
 
 
 # --- the base model

@@ -1,0 +1,290 @@
+"""The Hugging Face backend: packing without leaks, invariances of loss and gradient, its state."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from flowrl import objectives
+from flowrl.config import LogZConfig, from_mapping, merge, to_mapping
+from flowrl.data.packing import pack
+from flowrl.models import Microbatch
+from flowrl.models import packed_attention as attention
+from flowrl.models.hf_backend import HFBackend, _check_linear_head
+from flowrl.models.log_z import LogZHead
+from flowrl.objectives.base import count_totals
+from flowrl.parallel import Parallel
+from flowrl.records import LossBatch, Prompt, Rollout
+from flowrl.schema import ConfigError
+
+ALONE = Parallel(0, 1, torch.device("cpu"))
+LENGTHS = [(7, 3), (5, 9), (9, 1), (6, 6), (8, 2), (3, 12)]  # prompt and response tokens
+
+
+def rollouts(seed=0, vocabulary=18):
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for index, (prompt, response) in enumerate(LENGTHS):
+        ids = torch.randint(1, vocabulary, (prompt + response,), generator=generator).tolist()
+        made.append(
+            Rollout(
+                Prompt(index // 2, "", tuple(ids[:prompt])), index % 2, tuple(ids[prompt:]),
+                (0.0,) * response, False, 0, "",
+            )
+        )  # fmt: skip
+    return made
+
+
+def changed(config, **sections):
+    return from_mapping(merge(to_mapping(config), sections))
+
+
+def backend_of(config, base_dir, needs=frozenset({"ref", "log_z"})):
+    return HFBackend(config, base_dir, needs, ALONE)
+
+
+def one_by_one(base_dir, batch, temperature):
+    """Log-probs of each sequence alone, through transformers' own forward and head."""
+    model = AutoModelForCausalLM.from_pretrained(base_dir)
+    found = []
+    for i in range(batch.num_sequences):
+        part = batch.select(torch.tensor([i]))
+        with torch.no_grad():
+            logits = model(input_ids=part.token_ids[None]).logits[0] / temperature
+        logprobs = logits.log_softmax(-1)[part.hidden_rows]
+        found.append(logprobs.gather(1, part.targets[:, None])[:, 0])
+    return torch.cat(found)
+
+
+def test_a_packed_batch_gives_its_sequences_logprobs_one_by_one(tiny_config, base_dir):
+    config = changed(tiny_config, rollout={"temperature": 0.7})
+    batch = pack(rollouts())
+    expected = one_by_one(base_dir, batch, 0.7)
+    for reference in (False, True):
+        found = backend_of(config, base_dir).logprobs([batch], reference=reference, entropy=True)
+        torch.testing.assert_close(found.logprobs, expected, atol=1e-5, rtol=0)
+        assert found.entropy is not None
+        assert bool((found.entropy > 0).all())
+
+
+def test_the_comparison_would_see_a_leak(tiny_config, base_dir):
+    """Negative control: the same packed row with one causal mask over all of it."""
+    backend = backend_of(tiny_config, base_dir)
+    backend.model.set_attn_implementation("sdpa")
+    batch = pack(rollouts())
+    with torch.no_grad():
+        hidden = backend.model.base_model(
+            input_ids=batch.token_ids[None], position_ids=torch.arange(len(batch.token_ids))[None]
+        ).last_hidden_state[0]
+    logits = hidden[batch.hidden_rows] @ backend._head_weight(backend.model).T
+    leaked = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+    assert (leaked - one_by_one(base_dir, batch, 1.0)).abs().max() > 1e-2
+
+
+def loss_batch(objective, packed, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    num_tokens = int(packed.cu_seqlens[-1])
+    batch = LossBatch(
+        rewards=torch.tensor([1.0, 0, 0, 1, 1, 1]),
+        group_ids=torch.tensor([0, 0, 1, 1, 2, 2]),
+        cu_seqlens=packed.cu_seqlens,
+        old_logprobs=-torch.rand(num_tokens, generator=generator) - 1,
+        ref_logprobs=-torch.rand(num_tokens, generator=generator) - 1,
+    )
+    batch = objective.prepare(batch)
+    return batch.replace(totals=count_totals(batch))
+
+
+def gradients(config, base_dir, objective, plan):
+    backend = backend_of(config, base_dir, objective.needs)
+    packed = pack(rollouts())
+    batch = loss_batch(objective, packed)
+    microbatches = [
+        Microbatch(packed.select(torch.tensor(i)), batch.select(torch.tensor(i))) for i in plan
+    ]
+    output = backend.forward_backward(microbatches, objective)
+    grads = {name: p.grad for name, p in backend.params.items()}
+    assert all(g is not None for g in grads.values())
+    return output, grads
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("flowrl", {}), ("tb", {}), ("rloo", {}), ("grpo", {"kl_coef": 0.04})]
+)
+def test_loss_and_gradient_do_not_depend_on_split_or_order(tiny_config, base_dir, name, options):
+    objective = objectives.build(name, options)
+    whole, expected = gradients(tiny_config, base_dir, objective, [[0, 1, 2, 3, 4, 5]])
+    split, found = gradients(tiny_config, base_dir, objective, [[5, 1], [3], [0, 4, 2]])
+    assert split.loss == pytest.approx(whole.loss, rel=1e-5)
+    order = torch.tensor([5, 1, 3, 0, 4, 2])
+    for key, rows in split.metrics.items():
+        torch.testing.assert_close(rows, whole.metrics[key][order], atol=1e-4, rtol=1e-4)
+    scale = max(float(g.abs().max()) for g in expected.values())
+    for key, grad in found.items():
+        torch.testing.assert_close(grad, expected[key], atol=2e-6 * scale, rtol=1e-4)
+
+
+def test_the_log_z_gradient_reaches_the_backbone_unless_detached(tiny_config, base_dir):
+    objective = objectives.build("tb", {})
+    packed = pack(rollouts())
+
+    def log_z_share(detach):
+        """Gradient of the embedding through the head alone: with and without its output layer."""
+        config = changed(tiny_config, log_z={"detach_hidden": detach})
+        found = []
+        for weight in (0.0, 1.0):
+            backend = backend_of(config, base_dir, objective.needs)
+            output = backend.params["log_z.mlp.8.weight"]
+            output.data = weight * torch.linspace(-1, 1, output.shape[1])[None]
+            hidden = backend._hidden(backend.model, packed)
+            backend.log_z_head(hidden, packed).sum().backward()
+            grad = backend.params["model.embed_tokens.weight"].grad
+            found.append(torch.zeros(1) if grad is None else grad)
+        return [float(g.abs().max()) for g in found]
+
+    assert log_z_share(detach=True) == [0.0, 0.0]
+    without, through = log_z_share(detach=False)
+    assert without == 0.0
+    assert through > 0.0
+
+
+def test_first_update_moves_and_a_non_finite_gradient_does_not(tiny_config, base_dir):
+    backend = backend_of(tiny_config, base_dir)
+    name, param = next(iter(backend.params.items()))
+    for other in backend.params.values():
+        other.grad = torch.ones_like(other)
+    before = param.detach().clone()
+    info = backend.step()
+    warmup = tiny_config.optimizer.warmup_updates
+    assert info.lr == pytest.approx(tiny_config.optimizer.lr / warmup)
+    assert not info.skipped
+    assert not torch.equal(before, param), name
+    before, moments = param.detach().clone(), backend.optimizer.state[param]["exp_avg"].clone()
+    for other in backend.params.values():
+        other.grad = torch.ones_like(other)
+    param.grad[0] = float("nan")
+    info = backend.step()
+    assert info.skipped
+    assert backend.policy_version == 1
+    torch.testing.assert_close(param.detach(), before, rtol=0, atol=0)
+    torch.testing.assert_close(backend.optimizer.state[param]["exp_avg"], moments, rtol=0, atol=0)
+
+
+def test_state_round_trip_is_exact(tiny_config, base_dir, tmp_path):
+    def advance(backend, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for param in backend.params.values():
+            param.grad = torch.randn(param.shape, generator=generator)
+        return backend.step()
+
+    first = backend_of(tiny_config, base_dir)
+    advance(first, 0)
+    first.save_state(tmp_path)
+    expected = advance(first, 1)
+    second = backend_of(tiny_config, base_dir)
+    second.load_state(tmp_path)
+    assert advance(second, 1) == expected
+    for name, param in first.params.items():
+        assert torch.equal(param, second.params[name]), name
+
+
+def test_state_of_another_start_model_is_refused(tiny_config, base_dir, tmp_path):
+    backend = backend_of(tiny_config, base_dir)
+    backend.save_state(tmp_path)
+    text = (tmp_path / "backend.json").read_text()
+    fingerprint = text.split('"start_model": "')[1].split('"')[0]
+    (tmp_path / "backend.json").write_text(text.replace(fingerprint, "0" * len(fingerprint)))
+    with pytest.raises(ConfigError, match="is not the one that this run began with"):
+        backend.load_state(tmp_path)
+
+
+def test_state_without_the_head_is_refused(tiny_config, base_dir, tmp_path):
+    backend_of(tiny_config, base_dir, frozenset()).save_state(tmp_path)
+    with pytest.raises(ConfigError, match="log_z"):
+        backend_of(tiny_config, base_dir).load_state(tmp_path)
+
+
+def test_a_head_that_is_not_linear_is_refused(tiny_config, base_dir):
+    backend = backend_of(tiny_config, base_dir, frozenset())
+    backend.model.set_attn_implementation("sdpa")
+    _check_linear_head(backend.model, ALONE.device)
+    head = backend.model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.ones(head.weight.shape[0]))
+    with pytest.raises(ConfigError, match="hidden @ weight.T"):
+        _check_linear_head(backend.model, ALONE.device)
+
+
+def test_bfloat16_compute_keeps_float32_weights(tiny_config, base_dir):
+    config = changed(tiny_config, model={"dtype": "bfloat16"})
+    objective = objectives.build("flowrl", {})
+    backend = backend_of(config, base_dir, objective.needs)
+    batch = pack(rollouts())
+    expected = one_by_one(base_dir, batch, 1.0)
+    error = (backend.logprobs([batch]).logprobs - expected).abs().max()
+    assert 0 < error < 0.1
+    _, grads = gradients(config, base_dir, objective, [[0, 1, 2, 3, 4, 5]])
+    assert {g.dtype for g in grads.values()} == {torch.float32}
+    assert {t.dtype for _, t in backend.named_weights()} == {torch.bfloat16}
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_config, base_dir):
+    objective = objectives.build("flowrl", {})
+    plan = [[0, 1, 2], [3, 4, 5]]
+    _, expected = gradients(tiny_config, base_dir, objective, plan)
+    config = changed(tiny_config, model={"gradient_checkpointing": True})
+    _, found = gradients(config, base_dir, objective, plan)
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, expected[name])
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"softcap": 30.0}, "no soft cap"),
+        ({"sliding_window": 3}, "no sliding window"),
+    ],
+)
+def test_attention_features_that_are_missing_are_refused(extra, message):
+    x = torch.randn(1, 2, 5, 4)
+    sizes = {"packed_cu_seqlens": torch.tensor([0, 5], dtype=torch.int32), "packed_max_length": 5}
+    with pytest.raises(ValueError, match=message):
+        attention.packed_attention(torch.nn.Identity(), x, x, x, None, **sizes, **extra)
+
+
+def test_grouped_query_attention_matches_repeated_keys():
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 4, 7, 8, generator=generator)
+    k, v = (torch.randn(1, 2, 7, 8, generator=generator) for _ in range(2))
+    sizes = {
+        "packed_cu_seqlens": torch.tensor([0, 3, 7], dtype=torch.int32),
+        "packed_max_length": 4,
+    }
+    module = torch.nn.Identity()
+    found, _ = attention.packed_attention(module, q, k, v, None, **sizes)
+    k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    expected, _ = attention.packed_attention(module, q, k, v, None, **sizes)
+    torch.testing.assert_close(found, expected)
+
+
+# --- the log Z head
+
+
+@pytest.mark.parametrize(("width", "count"), [(3584, 25_715_201), (5120, 52_464_641)])
+def test_head_has_the_papers_number_of_parameters(width, count):
+    head = LogZHead(width, LogZConfig())
+    assert sum(p.numel() for p in head.parameters()) == count
+
+
+def test_pooling_takes_or_leaves_the_last_prompt_token():
+    packed = pack(rollouts())
+    hidden = torch.randn(packed.token_ids.numel(), 8, generator=torch.Generator().manual_seed(0))
+    start, length = int(packed.model_cu_seqlens[1]), LENGTHS[1][0]
+    for include, taken in ((True, length), (False, length - 1), (None, length)):
+        head = LogZHead(8, LogZConfig(include_last_prompt_token=include))
+        pooled = head._pool(hidden, packed)
+        torch.testing.assert_close(pooled[1], hidden[start : start + taken].mean(0))
+
+
+def test_log_z_starts_at_zero():
+    packed = pack(rollouts())
+    hidden = torch.randn(packed.token_ids.numel(), 8)
+    assert LogZHead(8, LogZConfig())(hidden, packed).tolist() == [0.0] * 6

@@ -1,0 +1,67 @@
+"""Two processes compute what one does."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import as_args
+
+from flowrl.config import merge
+
+STEPS = 3
+
+
+def train(tiny, run_dir, *launcher):
+    settings = merge(
+        tiny,
+        {"run": {"dir": str(run_dir)}, "trainer": {"steps": STEPS}, "log_z": {"lr": 1e-3}},
+    )
+    args = [*launcher, "-m", "flowrl", "train", *as_args(settings), "--objective.log_z", "learned"]
+    done = subprocess.run(args, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, base_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    one = train(tiny, folder / "one", sys.executable)
+    two = train(tiny, folder / "two", *torchrun)
+    return folder, one, two
+
+
+def test_losses_gradients_and_samples_are_those_of_one_process(runs):
+    _, one, two = runs
+    assert [row["step"] for row in one] == [row["step"] for row in two]
+    for expected, found in zip(one, two, strict=True):
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            if name != "kind":
+                assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+def test_the_batchs_logprobs_are_those_of_one_process(runs):
+    folder, _, _ = runs
+    for step in range(1, STEPS + 1):
+        name = f"samples/step_{step:06d}.jsonl"
+        rows = [
+            [json.loads(line) for line in (folder / run / name).read_text().splitlines()]
+            for run in ("one", "two")
+        ]
+        for expected, found in zip(*rows, strict=True):
+            assert found["response_ids"] == expected["response_ids"]
+            assert found["rollout_logprobs"] == pytest.approx(
+                expected["rollout_logprobs"], abs=1e-5
+            )
+
+
+def test_a_batch_that_does_not_divide_is_refused(tiny, tmp_path, monkeypatch, capsys):
+    from flowrl.cli import main
+
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--dry-run", *as_args(tiny)])
+    assert stopped.value.code == 2
+    assert "got 2 prompts and 3 ranks; set batch.prompts_per_step=6" in capsys.readouterr().err
