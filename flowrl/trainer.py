@@ -242,8 +242,8 @@ class Trainer:
         if math.isfinite(part.output.loss):
             return
         bad = ~torch.isfinite(measure.segment_sum(part.output.logprobs, part.loss.cu_seqlens))
-        for rows in part.output.metrics.values():
-            bad |= ~torch.isfinite(rows)
+        for rows in part.output.metrics.values():  # squared, as most losses take them
+            bad |= ~torch.isfinite(rows.float() ** 2)
         raise NonFiniteLossError(
             f"the loss is {part.output.loss}; lower optimizer.lr or bound the importance weight",
             [(r, s, b) for (r, s), b in zip(part.sequences, bad.tolist(), strict=True)],

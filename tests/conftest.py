@@ -14,7 +14,8 @@ from flowrl.models.hf_files import build_base
 from flowrl.tasks import build_task
 
 TINY = {
-    "base": {"hidden_size": 32, "num_layers": 2, "intermediate_size": 64, "pretrain_steps": 40},
+    "task": {"num_numbers": 2},  # one random answer in five is right, so there is a signal
+    "base": {"hidden_size": 32, "num_layers": 2, "intermediate_size": 64, "pretrain_steps": 120},
     "batch": {
         "prompts_per_step": 4,
         "group_size": 4,

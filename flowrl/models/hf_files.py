@@ -9,9 +9,11 @@ Nothing here reaches for the network.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import time
@@ -242,8 +244,8 @@ def model_size(path: str, base: BaseConfig, alphabet: str) -> ModelSize:
 def build_base(task: ExampleSource, base: BaseConfig, log: Callable[[str], None]) -> Path:
     """Directory of the base model that `base` and the task's examples make; built if not there.
 
-    A Qwen3 with a character tokenizer, pre-trained on the task's well-formed answers. Several
-    processes must not build at once: call it on one rank. Raises ConfigError if the task has no
+    A Qwen3 with a character tokenizer, pre-trained on the task's well-formed answers. Raises
+    ConfigError if the task has no
     alphabet or examples, or an example has characters outside the alphabet."""
     first = [task.example(i) for i in range(HASHED_EXAMPLES)]
     if task.alphabet is None or None in first:
@@ -261,11 +263,22 @@ def build_base(task: ExampleSource, base: BaseConfig, log: Callable[[str], None]
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
     name = re.sub(r"[^\w.-]", "_", task.name)
     directory = Path(base.cache_dir) / f"{name}-{key}"
-    if (directory / "base.json").is_file():
-        return directory
+    with _alone_in(Path(base.cache_dir)):
+        if not (directory / "base.json").is_file():
+            _build(directory, task, base, made_from, log)
+    return directory
+
+
+def _build(
+    directory: Path,
+    task: ExampleSource,
+    base: BaseConfig,
+    made_from: dict[str, Any],
+    log: Callable[[str], None],
+) -> None:
     log(f"building base model {directory}: {base.pretrain_steps} steps")
     start = time.perf_counter()
-    tokenizer = character_tokenizer(task.alphabet)
+    tokenizer = character_tokenizer(task.alphabet or "")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(base.seed)
         model = Qwen3ForCausalLM(_base_config(base, tokenizer))
@@ -277,7 +290,18 @@ def build_base(task: ExampleSource, base: BaseConfig, log: Callable[[str], None]
         record = {**made_from, "final_loss": final_loss, "seconds": seconds}
         (aside / "base.json").write_text(json.dumps(record, indent=2) + "\n")
     log(f"base model ready in {seconds:.0f} s, loss {final_loss:.3f} nats a token")
-    return directory
+
+
+@contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """One process at a time: another that wants the same base model waits and then finds it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
