@@ -41,13 +41,13 @@ def dhidden(dlogits: Tensor, weight: Tensor) -> Tensor:
     return total
 
 
-def dweight_(total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
-    """total (V, D) += dlogits (n, V).T @ hidden (n, D)"""
+def dweight_(total: Tensor, dlogits: Tensor, hidden: Tensor, beta: int) -> None:
+    """total (V, D) = beta * total + dlogits (n, V).T @ hidden (n, D); beta 0: total is not read."""
     if _mixed(hidden, total):
         dlogits = dlogits.to(hidden.dtype)
-        torch.addmm(total, dlogits.T, hidden, out_dtype=total.dtype, out=total)
+        torch.addmm(total, dlogits.T, hidden, out_dtype=total.dtype, beta=beta, out=total)
     else:
-        total.addmm_(dlogits.T, hidden.to(total.dtype))
+        total.addmm_(dlogits.T, hidden.to(total.dtype), beta=beta)
 
 
 def is_mixed(dtype: torch.dtype, device: torch.device) -> bool:
