@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from flowrl.config import Config, EvalConfig, load, recipe_names
+from flowrl.config import Config, EvalConfig
 from flowrl.overrides import split_overrides
 from flowrl.schema import ConfigError, nearest
+from flowrl.settings import load, recipe_names
 
 DEFAULT_RECIPE = "countdown_cpu"
 

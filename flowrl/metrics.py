@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from flowrl.records import LossBatch
+from flowrl.schema import ConfigError
 
 
 class JsonLines:
@@ -28,11 +29,10 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.file = path.open("ab")
+        self.file = path.open("ab", buffering=0)
 
     def write(self, row: Mapping[str, Any]) -> None:
         self.file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        self.file.flush()
 
     def sync(self) -> int:
         """Puts what was written on the disk; returns the length in bytes."""
@@ -40,6 +40,12 @@ class JsonLines:
         return self.file.tell()
 
     def cut(self, length: int) -> None:
+        size = self.path.stat().st_size
+        if size < length:
+            raise ConfigError(
+                f"{self.path} has {size} bytes and the checkpoint was written at {length}; put the "
+                "file back, or start a new run with --run.dir DIR"
+            )
         self.file.truncate(length)
         self.file.seek(0, os.SEEK_END)
 

@@ -20,7 +20,7 @@ import torch
 
 import flowrl
 from flowrl import checkpoint
-from flowrl.config import Config, from_mapping, to_toml
+from flowrl.config import Config
 from flowrl.evaluation import Evaluation
 from flowrl.metrics import JsonLines
 from flowrl.models import Backend
@@ -28,6 +28,7 @@ from flowrl.parallel import Parallel
 from flowrl.records import Rollout, Score
 from flowrl.run_reader import check_run_dir
 from flowrl.schema import ConfigError, read_toml
+from flowrl.settings import from_mapping, to_toml
 from flowrl.trainer import NonFiniteLossError, StepResult
 
 

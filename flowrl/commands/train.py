@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from flowrl import assembly, checkpoint, parallel
-from flowrl.config import Config, from_mapping, merge, to_mapping
+from flowrl.config import Config
 from flowrl.display import Display, before_after
 from flowrl.evaluation import Evaluator
 from flowrl.loggers import Logger, build_loggers
@@ -20,6 +20,7 @@ from flowrl.report import write_report
 from flowrl.run_dir import RunDir, read_config
 from flowrl.run_reader import read_run
 from flowrl.schema import ConfigError
+from flowrl.settings import from_mapping, merge, to_mapping
 from flowrl.trainer import NonFiniteLossError, StepResult, Trainer, TrainingError, check_layout
 
 # Settings that a resumed run may change: none of them changes a number of the steps to come.

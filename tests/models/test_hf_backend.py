@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flowrl import objectives
-from flowrl.config import LogZConfig, from_mapping, merge, to_mapping
+from flowrl.config import LogZConfig
 from flowrl.data.packing import pack
 from flowrl.models import Microbatch
 from flowrl.models import packed_attention as attention
@@ -15,6 +15,7 @@ from flowrl.objectives.base import count_totals
 from flowrl.parallel import Parallel
 from flowrl.records import LossBatch, Prompt, Rollout
 from flowrl.schema import ConfigError
+from flowrl.settings import from_mapping, merge, to_mapping
 
 ALONE = Parallel(0, 1, torch.device("cpu"))
 LENGTHS = [(7, 3), (5, 9), (9, 1), (6, 6), (8, 2), (3, 12)]  # prompt and response tokens
