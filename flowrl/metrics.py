@@ -24,6 +24,21 @@ from flowrl.records import LossBatch
 from flowrl.schema import ConfigError
 
 
+class ScorerError(RuntimeError):
+    """The scorer fails too often for its rewards to mean anything."""
+
+
+def error_rate(num_errors: float, num_answers: float, errors: Sequence[str], limit: float) -> float:
+    """Share of answers whose scorer failed. Raises ScorerError past `limit`, quoting the first."""
+    rate = num_errors / num_answers
+    if rate > limit:
+        raise ScorerError(
+            f"the scorer failed on {rate:.1%} of the answers, the limit is {limit:.1%} (first: "
+            f"{errors[0] if errors else 'on another rank'}); mend it or raise reward.max_error_rate"
+        )
+    return rate
+
+
 class JsonLines:
     """A file of one JSON object a line, flushed at each, which a resume can cut back."""
 
