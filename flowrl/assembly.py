@@ -86,22 +86,32 @@ def kernel_backend(config: Config) -> str:
     return backends.resolve("linear_policy_loss", None, call).backend
 
 
-def model_dir(config: Config, task: Task, parallel: Parallel, say: Callable[[str], None]) -> Path:
+def model_dir(
+    config: Config, task: Task | None, parallel: Parallel, say: Callable[[str], None]
+) -> Path:
     """The starting model's directory; where none is given rank 0 builds the task's base model."""
     if config.model.path:
         path = Path(config.model.path)
         hf_files.check_model_dir(path)
         return path
-    if task.alphabet is None:
-        raise ConfigError(
-            f"task {task.name} has no base model of its own; give one with --model.path DIR"
-        )
+    assert task is not None
     built = parallel.agree(
         lambda: base_model.build_base(task, config.base, say) if parallel.is_main else None
     )
     path = parallel.broadcast(built)
     assert path is not None
     return path
+
+
+def build_backend(
+    config: Config, objective: Objective, parallel: Parallel, say: Callable[[str], None]
+) -> Backend:
+    """The backend alone, for what needs no sampler. `config` is a resolved one."""
+    task = None
+    if not config.model.path:  # the base model is found by what its task makes of it
+        task = build_task(config.task.name, config.task.options, config.reward.timeout_s)
+    directory = model_dir(config, task, parallel, say)
+    return BACKENDS[config.model.backend](config, directory, objective.needs, parallel)
 
 
 def assemble(config: Config, parallel: Parallel, say: Callable[[str], None]) -> Parts:
