@@ -1,3 +1,50 @@
-from setuptools import setup
+"""The native operators, built by CMake. FLOWRL_BUILD_NATIVE: auto (what this machine can), 1, 0."""
 
-setup()
+import os
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext):
+        torch_root = Path(find_spec("torch").origin).parent
+        target = Path(self.get_ext_fullpath(ext.name))
+        work = ROOT / "build/native"  # kept: the next build compiles what has changed
+        make = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", work, f"-DTORCH_ROOT={torch_root}"]
+        subprocess.run(make, check=True)
+        subprocess.run(["cmake", "--build", work], check=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(work / target.name, target)
+
+
+def missing():
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    found = {"a C++ compiler": compiler, "torch (--no-build-isolation)": find_spec("torch")}
+    found |= {name: shutil.which(name) for name in ("cmake", "ninja")}
+    return ", ".join(name for name, there in found.items() if not there)
+
+
+wanted = os.environ.get("FLOWRL_BUILD_NATIVE", "auto")
+if wanted not in ("auto", "0", "1"):
+    raise SystemExit(f"FLOWRL_BUILD_NATIVE must be auto, 0 or 1, got {wanted!r}; unset it for auto")
+lacking = missing()
+if wanted == "1" and lacking:
+    raise SystemExit(f"FLOWRL_BUILD_NATIVE=1 needs {lacking}; install that, or set it to auto")
+build = wanted != "0" and not lacking
+if not build:
+    why = f"needs {lacking}" if lacking else "FLOWRL_BUILD_NATIVE=0"
+    print(f"flowrl: without the native operators ({why})")
+    # A library of an earlier build would go on being used.
+    (ROOT / "kernels/flowrl_kernels/_C.abi3.so").unlink(missing_ok=True)
+setup(
+    ext_modules=[Extension("flowrl_kernels._C", [], py_limited_api=True)] if build else [],
+    cmdclass={"build_ext": CMakeBuild},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if build else {},
+)

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from flowrl_kernels import backends, checks
+from flowrl_kernels import backends, checks, native_library
+from flowrl_kernels.head.native_kernels import NativeHead
 from flowrl_kernels.linear_logprobs import reference, torch_chunked
 from flowrl_kernels.linear_logprobs.contract import LinearLogprobs
 
@@ -105,3 +107,6 @@ def _torch_can_run(call: backends.Call) -> str | None:
 
 backends.register("linear_logprobs", "reference", _reference_can_run)(reference.linear_logprobs)
 backends.register("linear_logprobs", "torch", _torch_can_run)(torch_chunked.linear_logprobs)
+backends.register("linear_logprobs", "native", native_library.can_run)(
+    partial(torch_chunked.linear_logprobs, kernels=NativeHead())
+)

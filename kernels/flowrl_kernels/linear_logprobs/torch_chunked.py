@@ -38,10 +38,12 @@ def linear_logprobs(
     entropy: str,
     precision: str,
     max_logits_bytes: int | None,
+    kernels: HeadKernels | None = None,  # None: PyTorch's
 ) -> LinearLogprobs:
     assert precision == "native", precision
     columns = valid_columns(weight, vocab_start, vocab_size)
-    call = _Call(columns, temperature, vocab_start, group, entropy, max_logits_bytes, TorchHead())
+    kernels = kernels or TorchHead()
+    call = _Call(columns, temperature, vocab_start, group, entropy, max_logits_bytes, kernels)
     return LinearLogprobs(*_LinearLogprobs.apply(call, hidden, weight, targets))
 
 

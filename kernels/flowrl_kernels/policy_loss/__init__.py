@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from flowrl_kernels import backends, checks
+from flowrl_kernels import backends, checks, native_library
+from flowrl_kernels.head.native_kernels import NativeHead
 from flowrl_kernels.policy_loss import reference, torch_chunked
 from flowrl_kernels.policy_loss.contract import Objective, PolicyLoss, Rows
 
@@ -162,3 +164,6 @@ backends.register("linear_policy_loss", "reference", _reference_can_run)(
     reference.linear_policy_loss
 )
 backends.register("linear_policy_loss", "torch", _torch_can_run)(torch_chunked.linear_policy_loss)
+backends.register("linear_policy_loss", "native", native_library.can_run)(
+    partial(torch_chunked.linear_policy_loss, kernels=NativeHead())
+)

@@ -50,6 +50,7 @@ def linear_policy_loss(
     grad_scale: float,
     main_grad: Tensor | None,
     max_logits_bytes: int | None,
+    kernels: HeadKernels | None = None,  # None: PyTorch's
 ) -> PolicyLoss:
     columns = valid_columns(weight, vocab_start, vocab_size)
     head = Head(
@@ -63,7 +64,7 @@ def linear_policy_loss(
     inputs = {**sequence_inputs, **token_inputs}
     call = _Call(
         head,
-        TorchHead(),
+        kernels or TorchHead(),
         objective,
         targets,
         cu_seqlens,

@@ -30,10 +30,7 @@ def trajectory_balance(
     length_norm: bool,
     scale: float,
 ) -> TrajectoryBalance:
-    if weight_bound is None:
-        low, high = 0.0, 0.0  # log w is held at 0: w = 1
-    else:
-        low, high = weight_bound.log_low, weight_bound.log_high
+    low, high = log_bounds(weight_bound)
     outputs = _trajectory_balance(
         logprobs,
         old_logprobs,
@@ -50,6 +47,13 @@ def trajectory_balance(
     )
     loss, *per_sequence = outputs[:7]
     return TrajectoryBalance(loss, *(x.detach() for x in per_sequence))
+
+
+def log_bounds(weight_bound: WeightBound | None) -> tuple[float | None, float | None]:
+    """Bounds on log w. Without a weight_bound log w is held at 0: w = 1."""
+    if weight_bound is None:
+        return 0.0, 0.0
+    return weight_bound.log_low, weight_bound.log_high
 
 
 @torch.library.custom_op("flowrl_kernels::trajectory_balance", mutates_args=())
@@ -112,8 +116,7 @@ def _trajectory_balance(
     )
 
 
-@_trajectory_balance.register_fake
-def _(
+def empty_outputs(
     logprobs: Tensor,
     old_logprobs: Tensor | None,
     ref_logprobs: Tensor,
@@ -126,14 +129,15 @@ def _(
     return (logprobs.new_empty(()), *per_sequence, num_tokens, dlogprobs, dlog_z)
 
 
-def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[7:])
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def backward(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     dlogprobs, dlog_z = ctx.saved_tensors
     return (dloss * dlogprobs, None, None, dloss * dlog_z, *([None] * 8))
 
 
-_trajectory_balance.register_autograd(_backward, setup_context=_keep_gradients)
+_trajectory_balance.register_fake(empty_outputs)
+_trajectory_balance.register_autograd(backward, setup_context=keep_gradients)
