@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+# cmake and ninja may be packages of an environment that is not activated.
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 class CMakeBuild(build_ext):
@@ -17,9 +20,11 @@ class CMakeBuild(build_ext):
         torch_root = Path(find_spec("torch").origin).parent
         target = Path(self.get_ext_fullpath(ext.name))
         work = ROOT / "build/native"  # kept: the next build compiles what has changed
-        make = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", work, f"-DTORCH_ROOT={torch_root}"]
+        cmake = shutil.which("cmake", path=PATH)
+        ninja = f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja', path=PATH)}"
+        make = [cmake, "-G", "Ninja", ninja, "-S", ROOT, "-B", work, f"-DTORCH_ROOT={torch_root}"]
         subprocess.run(make, check=True)
-        subprocess.run(["cmake", "--build", work], check=True)
+        subprocess.run([cmake, "--build", work], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(work / target.name, target)
 
@@ -27,7 +32,7 @@ class CMakeBuild(build_ext):
 def missing():
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     found = {"a C++ compiler": compiler, "torch (--no-build-isolation)": find_spec("torch")}
-    found |= {name: shutil.which(name) for name in ("cmake", "ninja")}
+    found |= {name: shutil.which(name, path=PATH) for name in ("cmake", "ninja")}
     return ", ".join(name for name, there in found.items() if not there)
 
 
@@ -41,7 +46,7 @@ build = wanted != "0" and not lacking
 if not build:
     why = f"needs {lacking}" if lacking else "FLOWRL_BUILD_NATIVE=0"
     print(f"flowrl: without the native operators ({why})")
-    # A library of an earlier build would go on being used.
+if wanted == "0" and "editable_wheel" in sys.argv:  # else an earlier build would still be used
     (ROOT / "kernels/flowrl_kernels/_C.abi3.so").unlink(missing_ok=True)
 setup(
     ext_modules=[Extension("flowrl_kernels._C", [], py_limited_api=True)] if build else [],

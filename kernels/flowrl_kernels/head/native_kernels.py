@@ -14,14 +14,22 @@ from flowrl_kernels.head import Head, LocalStatistics, RowGradients, RowStatisti
 from flowrl_kernels.head.products import logits_
 
 
-@dataclass(frozen=True)
+@dataclass
 class NativeHead:
     level: int = -1
     """Index in native_library.LEVELS; -1: the best of this processor. Others are for tests."""
+    forward_needs_workspace: bool = True
+
+    def logit_bytes(self, head: Head) -> int:
+        return head.dtype.itemsize
+
+    def workspace(self, head: Head, num_rows: int) -> Tensor:
+        return head.weight.new_empty(num_rows, head.weight.shape[0], dtype=head.dtype)
 
     def statistics(
-        self, head: Head, hidden: Tensor, targets: Tensor, out: Tensor
+        self, head: Head, hidden: Tensor, targets: Tensor, out: Tensor | None
     ) -> LocalStatistics:
+        assert out is not None, "forward_needs_workspace"
         logits_(out, hidden, head.weight, 1 / head.temperature)
         row_max, sum_exp, target, sum_exp_z = torch.ops.flowrl_native.head_statistics(
             out, targets.contiguous(), head.vocab_start, head.entropy, self.level

@@ -169,12 +169,15 @@ class _Evaluation:
         self._dlogprobs = torch.zeros_like(self.logprobs)
         self._dentropy = torch.zeros_like(self.logprobs) if call.entropy_gradient else None
         self._metrics: dict[str, list[Tensor]] = {}
+        self._workspace: Workspace | None = None
 
     def run(self) -> Tensor:  # ()
         call = self._call
-        most = rows_per_chunk(call.head, call.max_logits_bytes)
+        most = rows_per_chunk(call.head, call.kernels, call.max_logits_bytes)
         chunks = plan(call.targets, call.cu_seqlens, most)
-        self._workspace = Workspace(call.head, min(most, max(c.num_counted for c in chunks)))
+        if self._gradients.wanted or call.kernels.forward_needs_workspace:
+            size = min(most, max(c.num_counted for c in chunks))
+            self._workspace = Workspace(call.head, call.kernels, size)
         loss = self.logprobs.new_zeros(())
         for chunk in chunks:
             loss += self._chunk(chunk, most)
@@ -197,6 +200,7 @@ class _Evaluation:
         loss = self._differentiate(chunk)
         if not self._gradients.wanted:
             return loss
+        assert self._workspace is not None
         for (piece, size), (local, done) in zip(pieces, found, strict=True):
             out = self._workspace.rows(size)
             if len(pieces) > 1:  # a long sequence: the next piece took the place of these logits
@@ -207,12 +211,13 @@ class _Evaluation:
             self._gradients.add(piece, out)
         return loss
 
-    def _local(self, rows: RowIndex, out: Tensor) -> LocalStatistics:
+    def _local(self, rows: RowIndex, out: Tensor | None) -> LocalStatistics:
         call = self._call
         return call.kernels.statistics(call.head, self._hidden[rows], call.targets[rows], out)
 
     def _score(self, rows: RowIndex, size: int) -> tuple[LocalStatistics, RowStatistics]:
-        local = self._local(rows, self._workspace.rows(size))
+        out = None if self._workspace is None else self._workspace.rows(size)
+        local = self._local(rows, out)
         done = finish(self._head, local)
         self.logprobs[rows] = done.logprobs
         if self.entropy is not None and done.entropy is not None:

@@ -9,9 +9,8 @@ from flowrl_kernels import native_library
 from flowrl_kernels.trajectory_balance.contract import TrajectoryBalance, WeightBound
 from flowrl_kernels.trajectory_balance.torch_packed import (
     backward,
-    empty_outputs,
     keep_gradients,
-    log_bounds,
+    outputs_like,
 )
 
 
@@ -29,7 +28,10 @@ def trajectory_balance(
     length_norm: bool,
     scale: float,
 ) -> TrajectoryBalance:
-    low, high = log_bounds(weight_bound)
+    if weight_bound is None:
+        low, high = 0.0, 0.0  # log w is held at 0: w = 1
+    else:
+        low, high = weight_bound.log_low, weight_bound.log_high
     loss, *rest = torch.ops.flowrl_native.trajectory_balance(
         logprobs.contiguous(),
         None if old_logprobs is None else old_logprobs.contiguous(),
@@ -48,7 +50,7 @@ def trajectory_balance(
 
 
 if native_library.PROBLEM is None:
-    torch.library.register_fake("flowrl_native::trajectory_balance", empty_outputs)
+    torch.library.register_fake("flowrl_native::trajectory_balance", outputs_like)
     torch.library.register_autograd(
         "flowrl_native::trajectory_balance", backward, setup_context=keep_gradients
     )

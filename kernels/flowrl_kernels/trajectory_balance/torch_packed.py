@@ -30,7 +30,10 @@ def trajectory_balance(
     length_norm: bool,
     scale: float,
 ) -> TrajectoryBalance:
-    low, high = log_bounds(weight_bound)
+    if weight_bound is None:
+        low, high = 0.0, 0.0  # log w is held at 0: w = 1
+    else:
+        low, high = weight_bound.log_low, weight_bound.log_high
     outputs = _trajectory_balance(
         logprobs,
         old_logprobs,
@@ -47,13 +50,6 @@ def trajectory_balance(
     )
     loss, *per_sequence = outputs[:7]
     return TrajectoryBalance(loss, *(x.detach() for x in per_sequence))
-
-
-def log_bounds(weight_bound: WeightBound | None) -> tuple[float | None, float | None]:
-    """Bounds on log w. Without a weight_bound log w is held at 0: w = 1."""
-    if weight_bound is None:
-        return 0.0, 0.0
-    return weight_bound.log_low, weight_bound.log_high
 
 
 @torch.library.custom_op("flowrl_kernels::trajectory_balance", mutates_args=())
@@ -116,17 +112,19 @@ def _trajectory_balance(
     )
 
 
-def empty_outputs(
+@_trajectory_balance.register_fake
+def outputs_like(
     logprobs: Tensor,
     old_logprobs: Tensor | None,
     ref_logprobs: Tensor,
     log_z: Tensor,
     *_: object,
-) -> tuple[Tensor, ...]:
-    per_sequence = [logprobs.new_empty(log_z.shape) for _ in range(5)]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised tensors in the place of the operator's nine outputs."""
+    a, b, c, d, e = (logprobs.new_empty(log_z.shape) for _ in range(5))
     num_tokens = log_z.new_empty(log_z.shape, dtype=torch.int64)
     dlogprobs, dlog_z = logprobs.new_empty(logprobs.shape), log_z.new_empty(log_z.shape)
-    return (logprobs.new_empty(()), *per_sequence, num_tokens, dlogprobs, dlog_z)
+    return logprobs.new_empty(()), a, b, c, d, e, num_tokens, dlogprobs, dlog_z
 
 
 def keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -139,5 +137,4 @@ def backward(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None,
     return (dloss * dlogprobs, None, None, dloss * dlog_z, *([None] * 8))
 
 
-_trajectory_balance.register_fake(empty_outputs)
 _trajectory_balance.register_autograd(backward, setup_context=keep_gradients)
