@@ -14,7 +14,8 @@ from flowrl.models.base_model import build_base
 from flowrl.tasks import build_task
 
 TINY = {
-    "task": {"num_numbers": 2},  # one random answer in five is right, so there is a signal
+    # One random answer in five is right, so there is a signal.
+    "task": {"num_numbers": 2, "min_solutions": 1, "target_high": 99},
     "base": {"hidden_size": 32, "num_layers": 2, "intermediate_size": 64, "pretrain_steps": 120},
     "batch": {
         "prompts_per_step": 4,
