@@ -16,6 +16,10 @@ struct ScalarTypeOf<float> {
   static constexpr ScalarType value = ScalarType::Float;
 };
 template <>
+struct ScalarTypeOf<uint16_t> {  // the bits
+  static constexpr ScalarType value = ScalarType::BFloat16;
+};
+template <>
 struct ScalarTypeOf<int64_t> {
   static constexpr ScalarType value = ScalarType::Long;
 };

@@ -24,20 +24,20 @@ struct RowGradient {
 };
 
 struct RowKernels {
-  const char* name;
   void (*statistics)(const float* z, int64_t columns, bool entropy, RowSums* result);
   void (*dlogits)(float* z, int64_t columns, RowGradient row);
 };
 
-// From lowest to highest; a level that the compiler's target does not have is null.
-constexpr int64_t kNumLevels = 3;
-enum Level : int64_t { kPortable, kAvx2, kAvx512 };
+// Instruction sets from lowest to highest. The last two add products of bfloat16 operands
+// (product_kernels.h) to the rows of kAvx512.
+enum Level : int64_t { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx, kNumLevels };
 
 // The kernels of `level`, or of the best level of this processor for -1. Throws for a level that
 // this processor does not have.
 const RowKernels& row_kernels(int64_t level);
 
-// The best level of this processor.
+// The highest level of this processor, and the one that is fastest on it.
+int64_t highest_level();
 int64_t best_level();
 
 }  // namespace flowrl

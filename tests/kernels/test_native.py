@@ -28,7 +28,7 @@ COLUMNS = [1, 3, 15, 16, 17, 63, 64, 65, 2047, 2048, 2049, 5003]
 
 
 def levels() -> list[int]:
-    return list(range(OPERATORS.best_level() + 1)) if "native" in FUSED else []
+    return list(range(OPERATORS.highest_level() + 1)) if "native" in FUSED else []
 
 
 def outputs(kernels: NativeHead | TorchHead, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
-"""The pair of HeadKernels in native code (csrc/linear_logprobs_cpu.cpp).
+"""HeadKernels in native code (csrc/linear_logprobs_cpu.cpp, csrc/head_products_cpu.cpp).
 
 The workspace holds the logits until `dlogits_` overwrites them: one reading pass, one in place.
+Products of bfloat16 operands are native where the processor multiplies them faster than float32;
+dlogits are rounded to bfloat16 for them, after (p - 1). All other products are PyTorch's.
 """
 
 from __future__ import annotations
@@ -10,15 +12,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowrl_kernels.head import Head, LocalStatistics, RowGradients, RowStatistics
-from flowrl_kernels.head.products import logits_
+from flowrl_kernels.head import Head, LocalStatistics, RowGradients, RowStatistics, products
+from flowrl_kernels.native_library import FIRST_WITH_PRODUCTS
 
 
-@dataclass
+@dataclass(frozen=True)
+class NativeProducts:
+    level: int
+
+    def dhidden(self, dlogits: Tensor, weight: Tensor) -> Tensor:
+        if _native(weight, self.level):
+            return torch.ops.flowrl_native.head_dhidden(dlogits, weight.contiguous(), self.level)
+        return products.dhidden(dlogits, weight)
+
+    def dweight_(self, total: Tensor, dlogits: Tensor, hidden: Tensor, beta: int) -> None:
+        if _native(hidden, self.level):
+            torch.ops.flowrl_native.head_dweight_(
+                total, dlogits, hidden.contiguous(), beta == 1, self.level
+            )
+        else:
+            products.dweight_(total, dlogits, hidden, beta)
+
+
+@dataclass(frozen=True)
 class NativeHead:
     level: int = -1
     """Index in native_library.LEVELS; -1: the best of this processor. Others are for tests."""
-    forward_needs_workspace: bool = True
+
+    @property
+    def products(self) -> NativeProducts:
+        return NativeProducts(self.level)
+
+    @property
+    def forward_needs_workspace(self) -> bool:
+        return True
 
     def logit_bytes(self, head: Head) -> int:
         return head.dtype.itemsize
@@ -30,7 +57,12 @@ class NativeHead:
         self, head: Head, hidden: Tensor, targets: Tensor, out: Tensor | None
     ) -> LocalStatistics:
         assert out is not None, "forward_needs_workspace"
-        logits_(out, hidden, head.weight, 1 / head.temperature)
+        if _native(hidden, self.level):
+            torch.ops.flowrl_native.head_logits_(
+                out, hidden.contiguous(), head.weight.contiguous(), 1 / head.temperature, self.level
+            )
+        else:
+            products.logits_(out, hidden, head.weight, 1 / head.temperature)
         row_max, sum_exp, target, sum_exp_z = torch.ops.flowrl_native.head_statistics(
             out, targets.contiguous(), head.vocab_start, head.entropy, self.level
         )
@@ -58,3 +90,10 @@ class NativeHead:
             None if gradients.entropy is None else gradients.entropy.contiguous(),
             self.level,
         )
+
+
+def _native(operand: Tensor, level: int) -> bool:
+    if operand.dtype != torch.bfloat16:
+        return False
+    chosen = torch.ops.flowrl_native.best_level() if level == -1 else level
+    return chosen >= FIRST_WITH_PRODUCTS
