@@ -17,14 +17,15 @@ PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH",
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
-        torch_root = Path(find_spec("torch").origin).parent
+        import torch  # not a build requirement: --no-build-isolation
+
         target = Path(self.get_ext_fullpath(ext.name))
         work = ROOT / "build/native"  # kept: the next build compiles what has changed
-        cmake = shutil.which("cmake", path=PATH)
-        ninja = f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja', path=PATH)}"
-        make = [cmake, "-G", "Ninja", ninja, "-S", ROOT, "-B", work, f"-DTORCH_ROOT={torch_root}"]
-        subprocess.run(make, check=True)
-        subprocess.run([cmake, "--build", work], check=True)
+        options = [f"-DTORCH_ROOT={torch.__path__[0]}", "-G", "Ninja", "-S", str(ROOT)]
+        environment = {**os.environ, "PATH": PATH}
+        for step in (["-B", str(work), *options], ["--build", str(work)]):
+            cmake = shutil.which("cmake", path=PATH) or "cmake"
+            subprocess.run([cmake, *step], check=True, env=environment)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(work / target.name, target)
 

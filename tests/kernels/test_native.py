@@ -16,13 +16,17 @@ from flowrl_kernels.head import Head, RowGradients
 from flowrl_kernels.head.native_kernels import NativeHead
 from flowrl_kernels.head.torch_kernels import TorchHead
 from flowrl_kernels.head.vocab_parallel import finish
-from head_cases import FUSED, make_case
-from numerics import assert_within_budget
+from head_cases import FUSED, make_case, outputs_and_gradients
+from numerics import assert_within_budget, max_error
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 OPERATORS = torch.ops.flowrl_native
 needs_library = pytest.mark.skipif("native" not in FUSED, reason=str(native_library.PROBLEM))
+needs_products = pytest.mark.skipif(
+    "native" not in FUSED or OPERATORS.highest_level() < native_library.FIRST_WITH_PRODUCTS,
+    reason="needs a processor with AVX512-BF16",
+)
 # Around the widths of registers (4, 8, 16), of an unrolled step (64) and of a block (2048).
 COLUMNS = [1, 3, 15, 16, 17, 63, 64, 65, 2047, 2048, 2049, 5003]
 
@@ -126,6 +130,89 @@ def test_the_number_of_threads_changes_no_bit():
     for name, value in found[1].items():
         assert torch.equal(value, found[2][name]), name
         assert torch.equal(value, found[3][name]), name
+
+
+def products(level: int, rows: int, dim: int, vocab: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each product of bfloat16 operands, and the same of the same rounded operands in float64."""
+    generator = torch.Generator().manual_seed(vocab)
+    hidden = torch.randn(rows, dim, generator=generator).bfloat16()
+    weight = torch.randn(vocab, dim, generator=generator).bfloat16()
+    dlogits = torch.randn(rows, vocab, generator=generator)
+    logits = torch.full((rows, vocab), float("nan"))
+    OPERATORS.head_logits_(logits, hidden, weight, 0.7, level)
+    first = torch.full((vocab, dim), float("nan"))
+    OPERATORS.head_dweight_(first, dlogits, hidden, False, level)
+    second = first.clone()
+    OPERATORS.head_dweight_(second, dlogits, hidden, True, level)
+    x, w, dz = hidden.double(), weight.double(), dlogits.bfloat16().double()
+    return {
+        "logits": (logits, 0.7 * x @ w.T),
+        "dhidden": (OPERATORS.head_dhidden(dlogits, weight, level), dz @ w),
+        "dweight": (first, dz.T @ x),
+        "dweight twice": (second, 2 * dz.T @ x),
+    }
+
+
+# Around blocks of 32, a tile of 128, a depth of 256, a group of 256 rows and two slices of 8192.
+@needs_products
+@pytest.mark.parametrize(
+    ("rows", "dim", "vocab"),
+    [(1, 1, 1), (33, 16, 127), (32, 32, 128), (257, 31, 300), (40, 65, 16400), (0, 8, 40)],
+)
+def test_products_sum_in_float32(rows, dim, vocab):
+    for level in levels()[native_library.FIRST_WITH_PRODUCTS :]:
+        for name, (found, truth) in products(level, rows, dim, vocab).items():
+            depth = {"logits": dim, "dhidden": vocab}.get(name, 2 * rows)
+            # Float32 sums of `depth` products err by sqrt(depth) roundings of their size, or so.
+            allowed = 8 * 2.0**-24 * max(depth, 1) ** 0.5 * float(truth.abs().max()) if rows else 0
+            error = max_error(found, truth)
+            assert error <= allowed, f"{native_library.LEVELS[level]} {name}: {error}"
+
+
+@needs_products
+def test_the_bound_on_products_sees_bfloat16_results():
+    """Negative control: one rounding to bfloat16 at the end is far outside."""
+    found, truth = products(levels()[-1], 33, 16, 127)["logits"]
+    assert max_error(found.bfloat16(), truth) > 100 * 8 * 2.0**-24 * 4 * float(truth.abs().max())
+
+
+@needs_products
+@pytest.mark.parametrize("level", levels()[native_library.FIRST_WITH_PRODUCTS :])
+def test_products_do_not_depend_on_the_number_of_threads(level):
+    before = torch.get_num_threads()
+    runs = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        runs.append(products(level, 40, 65, 16400))
+    torch.set_num_threads(before)
+    for name in runs[0]:
+        assert torch.equal(runs[0][name][0], runs[1][name][0]), name
+
+
+@needs_library
+def test_levels_without_products_say_so():
+    weight = torch.zeros(4, 8).bfloat16()
+    with pytest.raises(RuntimeError, match="products of bfloat16 need level 3 or 4, got 0"):
+        OPERATORS.head_dhidden(torch.zeros(2, 4), weight, 0)
+
+
+@needs_library
+@pytest.mark.parametrize("level", levels())
+def test_every_instruction_set_serves_the_whole_operator(monkeypatch, level):
+    """linear_logprobs in bfloat16, through the driver, on each level's rows and products."""
+    monkeypatch.setattr(NativeHead.__init__, "__defaults__", (level,))
+    assert NativeHead().level == level
+    case = make_case(33, 130, 48, size=3)
+    runs = {
+        name: outputs_and_gradients(case, dtype, backend=backend)
+        for name, dtype, backend in (
+            ("native", torch.bfloat16, "native"),
+            ("plain", torch.bfloat16, "reference"),
+            ("truth", torch.float64, "reference"),
+        )
+    }
+    for name, value in runs["native"].items():
+        assert_within_budget(value, runs["plain"][name], runs["truth"][name], name)
 
 
 @needs_library

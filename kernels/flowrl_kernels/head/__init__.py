@@ -100,9 +100,7 @@ class Products(Protocol):
 
 
 class HeadKernels(Protocol):
-    @property
-    def products(self) -> Products: ...
-
+    products: Products
     forward_needs_workspace: bool
     """Whether `statistics` needs `out` when no gradient follows."""
 

@@ -107,6 +107,4 @@ def _can_run(call: backends.Call) -> str | None:
 
 backends.register("trajectory_balance", "reference", _can_run)(reference.trajectory_balance)
 backends.register("trajectory_balance", "torch", _can_run)(torch_packed.trajectory_balance)
-backends.register("trajectory_balance", "native", native_library.can_run)(
-    native.trajectory_balance
-)
+backends.register("trajectory_balance", "native", native_library.can_run)(native.trajectory_balance)
