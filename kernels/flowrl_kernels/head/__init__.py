@@ -77,13 +77,47 @@ class RowGradients:
     entropy: Tensor | None = None  # (n,)
 
 
+class Products(Protocol):
+    """The two gradient products, from the dlogits that `HeadKernels.dlogits_` left."""
+
+    def dhidden(
+        self,
+        dlogits: Tensor,  # (n, V)
+        weight: Tensor,  # (V, D)
+    ) -> Tensor:  # (n, D)
+        """dlogits @ weight, summed in float32 (float64 for float64)."""
+        ...
+
+    def dweight_(
+        self,
+        total: Tensor,  # (V, D)
+        dlogits: Tensor,  # (n, V)
+        hidden: Tensor,  # (n, D)
+        beta: int,
+    ) -> None:
+        """total = beta * total + dlogits.T @ hidden; for beta 0, total is not read."""
+        ...
+
+
 class HeadKernels(Protocol):
+    products: Products
+    forward_needs_workspace: bool
+    """Whether `statistics` needs `out` when no gradient follows."""
+
+    def logit_bytes(self, head: Head) -> int:
+        """What a logit costs at the height of a chunk: workspace, and copies of it."""
+        ...
+
+    def workspace(self, head: Head, num_rows: int) -> Tensor:  # (num_rows, V_valid)
+        """A new `out` for chunks of up to `num_rows` rows."""
+        ...
+
     def statistics(
         self,
         head: Head,
         hidden: Tensor,  # (n, D)
         targets: Tensor,  # (n,)
-        out: Tensor,  # (n, V_valid), head.dtype
+        out: Tensor | None,  # (n, V_valid) rows of a workspace; None: no `dlogits_` follows
     ) -> LocalStatistics:
         """Logits and their statistics; leaves in `out` what this backend's `dlogits_` reads."""
         ...

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from flowrl_kernels import backends, checks
+from flowrl_kernels import backends, checks, native_library
+from flowrl_kernels.head.native_kernels import NativeHead, logits_bytes
 from flowrl_kernels.linear_logprobs import reference, torch_chunked
 from flowrl_kernels.linear_logprobs.contract import LinearLogprobs
 
@@ -50,9 +51,9 @@ def linear_logprobs(
     `vocab_start` on, all ranks give the same hidden, targets and options, all get the same result,
     and the gradient of hidden is summed over ranks.
 
-    The torch backend holds at most `max_logits_bytes` of logits (default 256 MiB on a CPU, 3 GiB on
-    CUDA), stores the log-sum-exp and makes the logits a second time in backward: 8 T D V flop in
-    all.
+    The chunked backends hold at most `max_logits_bytes` of logits (default 256 MiB on a CPU, 160
+    MiB or less by native code, 3 GiB on CUDA), store the log-sum-exp and make the logits a second
+    time in backward: 8 T D V flop in all.
 
     Raises ValueError for shapes, dtypes, devices, targets or options out of range, and for a
     backend that cannot run the call. Source: arXiv:2411.09009 for the idea of recomputing the
@@ -103,5 +104,15 @@ def _torch_can_run(call: backends.Call) -> str | None:
     return "has no FP8 product" if "fp8" in call.features else None
 
 
+def _native(
+    hidden: Tensor, weight: Tensor, *args: Any, max_logits_bytes: int | None, **options: Any
+) -> LinearLogprobs:
+    limit = logits_bytes(weight.shape[0], max_logits_bytes)
+    return torch_chunked.linear_logprobs(
+        hidden, weight, *args, kernels=NativeHead(), max_logits_bytes=limit, **options
+    )
+
+
+backends.register("linear_logprobs", "native", native_library.can_run)(_native)
 backends.register("linear_logprobs", "reference", _reference_can_run)(reference.linear_logprobs)
 backends.register("linear_logprobs", "torch", _torch_can_run)(torch_chunked.linear_logprobs)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowrl_kernels import backends, checks
-from flowrl_kernels.trajectory_balance import reference, torch_packed
+from flowrl_kernels import backends, checks, native_library
+from flowrl_kernels.trajectory_balance import native, reference, torch_packed
 from flowrl_kernels.trajectory_balance.contract import TrajectoryBalance, WeightBound
 
 __all__ = ["TrajectoryBalance", "WeightBound", "trajectory_balance"]
@@ -107,3 +107,4 @@ def _can_run(call: backends.Call) -> str | None:
 
 backends.register("trajectory_balance", "reference", _can_run)(reference.trajectory_balance)
 backends.register("trajectory_balance", "torch", _can_run)(torch_packed.trajectory_balance)
+backends.register("trajectory_balance", "native", native_library.can_run)(native.trajectory_balance)
