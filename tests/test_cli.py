@@ -1,5 +1,7 @@
 """The command line as a user meets it: help, bad input, the small commands."""
 
+import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flowrl.cli import main
+from flowrl.config import Config
 from flowrl.settings import merge
 
 
@@ -42,10 +45,12 @@ def test_help_answers_within_a_second():
 
 def test_train_help_lists_every_section(capsys):
     with pytest.raises(SystemExit):
-        main(["train", "--help"])
+        main(["train", "--objective.name", "grpo", "--help"])
     shown = capsys.readouterr().out
-    for flag in ("--batch.group-size", "--resume", "--rollout.temperature", "--log-z.kind"):
-        assert (flag in shown) == (flag != "--log-z.kind")
+    assert "--resume" in shown
+    for section in dataclasses.fields(Config):
+        flag = f"--{section.name.replace('_', '-')}"
+        assert flag in shown, section.name
 
 
 @pytest.mark.parametrize(
@@ -100,6 +105,40 @@ def test_dry_run_prints_config_batch_and_memory_and_makes_nothing(capsys, tiny, 
     assert "4 x 4 = 16" in shown
     assert "reference policy" in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_run_leaves_no_directory_behind(capsys, tiny, tmp_path):
+    path = tmp_path / "run"
+    settings = merge(tiny, {"run": {"dir": str(path)}})
+    for wrong in (
+        ["--model.path", "nowhere"],
+        ["--run.loggers", "wandb"] if not importlib.util.find_spec("wandb") else ["--seed", "x"],
+        ["--rollout.max_prompt_tokens", "3"],
+    ):
+        fail(capsys, "train", *as_args(settings), *wrong)
+        assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--dry-run", "--resume"], "leave one out"),
+        (["--dry-run", "--batch.group_size", "1"], "set batch.group_size=8"),
+        (["--dry-run", "--objective.name", "grpo", "--log_z.lr", "5"], "learns no log Z"),
+        (["--reusme"], "has no --reusme; did you mean resume?"),
+    ],
+)
+def test_settings_that_nothing_reads_are_refused(capsys, args, message):
+    assert message in fail(capsys, "train", *args)
+
+
+def test_a_full_or_missing_disk_is_one_line(capsys, tiny):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", *as_args(merge(tiny, {"run": {"dir": "/proc/nothing/here"}}))])
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "cannot read or write" in error
+    assert "--resume" in error
 
 
 @pytest.fixture(scope="module")

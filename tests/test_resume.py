@@ -1,6 +1,7 @@
 """A killed run, continued, leaves the bytes of an uninterrupted one; other changes are refused."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +21,14 @@ STEPS = 8
 
 
 def command(tiny, run_dir, *more):
-    settings = merge(tiny, {"run": {"dir": str(run_dir)}, "trainer": {"steps": STEPS}})
-    return [sys.executable, "-m", "flowrl", "train", *as_args(settings), *more]
+    """A run with a learned log Z head and its dropout, so that both have to resume, too."""
+    changes = {
+        "run": {"dir": str(run_dir)},
+        "trainer": {"steps": STEPS},
+        "objective": {"preset": "recipe", "log_z": "learned"},
+    }
+    args = as_args(merge(tiny, changes))
+    return [sys.executable, "-m", "flowrl", "train", *args, *more]
 
 
 def finish(args):
@@ -72,6 +79,28 @@ def test_killed_twice_and_resumed_leaves_the_same_bytes(tiny, straight, tmp_path
             assert (run_dir / folder / name).read_bytes() == expected, name
     state = "checkpoints/step_000008/state.safetensors"
     assert (run_dir / state).read_bytes() == (straight / state).read_bytes()
+
+
+def test_a_corrupt_newest_checkpoint_costs_steps_and_no_numbers(tiny, straight, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    for name in ("step_000008", "step_000006"):
+        state = run_dir / "checkpoints" / name / "state.safetensors"
+        if state.exists():
+            state.write_bytes(state.read_bytes()[:-1] + b"?")
+    (run_dir / "report.html").unlink()
+    printed = finish(command(tiny, run_dir, "--resume"))
+    assert "step_000008 is corrupt" in printed
+    assert (run_dir / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+
+
+def test_a_run_killed_before_its_report_gets_it(tiny, straight, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    (run_dir / "report.html").unlink()
+    finish(command(tiny, run_dir, "--resume"))
+    assert (run_dir / "report.html").is_file()
+    assert (run_dir / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
 
 
 def test_the_byte_comparison_would_see_another_seed(tiny, straight, tmp_path):

@@ -74,6 +74,21 @@ def test_the_batchs_logprobs_are_those_of_one_process(runs):
             )
 
 
+def test_every_rank_ends_with_the_error_of_one(runs, tiny):
+    """Rank 0 alone looks at the run directory; the others must not wait for it."""
+    folder, _, _ = runs
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    args = as_args(merge(tiny, {"run": {"dir": str(folder / "one")}}))
+    done = subprocess.run(
+        [*torchrun, "2", "-m", "flowrl", "train", *args],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    for rank in (0, 1):
+        assert f"flowrl (rank {rank}): run directory {folder / 'one'} exists" in done.stderr
+    assert "flowrl/cli.py" not in done.stderr  # a line each, no trace of ours
+
+
 def test_a_batch_that_does_not_divide_is_refused(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(SystemExit) as stopped:
