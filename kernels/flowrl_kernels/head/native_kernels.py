@@ -42,6 +42,8 @@ class NativeProducts:
         return torch_products.dhidden(dlogits, weight)
 
     def dweight_(self, total: Tensor, dlogits: Tensor, hidden: Tensor, beta: int) -> None:
+        if beta == 0:  # nobody has written to it
+            torch.ops.flowrl_native.prefer_huge_pages(total)
         if _native(hidden, self.level):
             torch.ops.flowrl_native.head_dweight_(
                 total, dlogits, hidden.contiguous(), beta == 1, self.level
@@ -63,7 +65,9 @@ class NativeHead:
         return head.dtype.itemsize
 
     def workspace(self, head: Head, num_rows: int) -> Tensor:
-        return head.weight.new_empty(num_rows, head.weight.shape[0], dtype=head.dtype)
+        out = head.weight.new_empty(num_rows, head.weight.shape[0], dtype=head.dtype)
+        torch.ops.flowrl_native.prefer_huge_pages(out)
+        return out
 
     def statistics(
         self, head: Head, hidden: Tensor, targets: Tensor, out: Tensor | None
