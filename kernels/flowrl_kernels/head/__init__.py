@@ -78,12 +78,23 @@ class RowGradients:
 
 
 class HeadKernels(Protocol):
+    forward_needs_workspace: bool
+    """Whether `statistics` needs `out` when no gradient follows."""
+
+    def logit_bytes(self, head: Head) -> int:
+        """What a logit costs at the height of a chunk: workspace, and copies of it."""
+        ...
+
+    def workspace(self, head: Head, num_rows: int) -> Tensor:  # (num_rows, V_valid)
+        """A new `out` for chunks of up to `num_rows` rows."""
+        ...
+
     def statistics(
         self,
         head: Head,
         hidden: Tensor,  # (n, D)
         targets: Tensor,  # (n,)
-        out: Tensor,  # (n, V_valid), head.dtype
+        out: Tensor | None,  # (n, V_valid) rows of a workspace; None: no `dlogits_` follows
     ) -> LocalStatistics:
         """Logits and their statistics; leaves in `out` what this backend's `dlogits_` reads."""
         ...

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from flowrl_kernels.checks import IGNORE_INDEX
-from flowrl_kernels.head import Head
-from flowrl_kernels.head.products import dhidden, dweight_, is_mixed
+from flowrl_kernels.head import Head, HeadKernels
+from flowrl_kernels.head.products import dhidden, dweight_
 from flowrl_kernels.head.vocab_parallel import sum_over_ranks_
 
 # The default of max_logits_bytes. CPU: the products reach their full rate from about 256 rows of
@@ -19,15 +19,13 @@ DEFAULT_LOGITS_BYTES = {"cpu": 256 << 20, "cuda": 3 << 30}
 Rows = slice | Tensor  # consecutive rows, or (n,) int64 positions
 
 
-def rows_per_chunk(head: Head, max_logits_bytes: int | None) -> int:
-    """Rows whose logits fit in `max_logits_bytes`, at least one; a bfloat16 copy of the gradient,
-    where the products need it, counts too. Counted with padding, so that ranks with unlike shares
-    of it have the same chunks: each chunk is a collective."""
-    device = head.weight.device
+def rows_per_chunk(head: Head, kernels: HeadKernels, max_logits_bytes: int | None) -> int:
+    """Rows whose logits fit in `max_logits_bytes`, at least one. Counted with padding, so that
+    ranks with unlike shares of it have the same chunks: each chunk is a collective."""
     if max_logits_bytes is None:
-        max_logits_bytes = DEFAULT_LOGITS_BYTES[device.type]
-    element_bytes = head.dtype.itemsize + 2 * is_mixed(head.weight.dtype, device)
-    return max(max_logits_bytes // max(head.padded_columns * element_bytes, 1), 1)
+        max_logits_bytes = DEFAULT_LOGITS_BYTES[head.weight.device.type]
+    row_bytes = head.padded_columns * kernels.logit_bytes(head)
+    return max(max_logits_bytes // max(row_bytes, 1), 1)
 
 
 def counted_rows(targets: Tensor, tokens: slice, num_counted: int) -> Rows:
@@ -51,8 +49,8 @@ def split(rows: Rows, num_rows: int, most: int) -> Iterator[tuple[Rows, int]]:
 class Workspace:
     """One (rows, V_valid) buffer for the logits of every chunk; the largest tensor alive."""
 
-    def __init__(self, head: Head, num_rows: int) -> None:
-        self._buffer = head.weight.new_empty(num_rows, head.weight.shape[0], dtype=head.dtype)
+    def __init__(self, head: Head, kernels: HeadKernels, num_rows: int) -> None:
+        self._buffer = kernels.workspace(head, num_rows)
 
     def rows(self, num_rows: int) -> Tensor:  # (num_rows, V_valid)
         return self._buffer[:num_rows]

@@ -30,9 +30,10 @@ def logits_(out: Tensor, hidden: Tensor, weight: Tensor, scale: float) -> None:
 
 
 def dhidden(dlogits: Tensor, weight: Tensor) -> Tensor:
-    """(n, V) @ (V, D) -> (n, D), in the dtype of dlogits."""
-    if _mixed(weight, dlogits):
-        return torch.mm(dlogits.to(weight.dtype), weight, out_dtype=dlogits.dtype)
+    """(n, V) @ (V, D) -> (n, D), in float32 (float64 for float64). dlogits may be low precision
+    already where the products are."""
+    if is_mixed(weight.dtype, weight.device):
+        return torch.mm(dlogits.to(weight.dtype), weight, out_dtype=torch.float32)
     if weight.dtype == dlogits.dtype:
         return dlogits @ weight
     total = dlogits.new_zeros(dlogits.shape[0], weight.shape[1])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels.head import Head, LocalStatistics, RowGradients, RowStatistics
-from flowrl_kernels.head.products import logits_
+from flowrl_kernels.head.products import is_mixed, logits_
 
 # Five passes over 1024 x 151936 logits: 0.08 s in blocks of 1-2 MB, 0.16 s over the whole chunk
 # (two cores of a Xeon with 2 MB of L2 each). On a GPU blocks only bound the temporaries.
@@ -21,9 +21,19 @@ BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 
 
 class TorchHead:
+    forward_needs_workspace = True
+
+    def logit_bytes(self, head: Head) -> int:
+        """A bfloat16 copy of the gradient, where the products need it, counts too."""
+        return head.dtype.itemsize + 2 * is_mixed(head.weight.dtype, head.weight.device)
+
+    def workspace(self, head: Head, num_rows: int) -> Tensor:
+        return head.weight.new_empty(num_rows, head.weight.shape[0], dtype=head.dtype)
+
     def statistics(
-        self, head: Head, hidden: Tensor, targets: Tensor, out: Tensor
+        self, head: Head, hidden: Tensor, targets: Tensor, out: Tensor | None
     ) -> LocalStatistics:
+        assert out is not None, "forward_needs_workspace"
         logits_(out, hidden, head.weight, 1 / head.temperature)
         column, owned = head.own_targets(targets)
         if out.shape[1] == 0:  # this rank holds padding only

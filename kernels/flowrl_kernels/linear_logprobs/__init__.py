@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
-from flowrl_kernels import backends, checks
+from flowrl_kernels import backends, checks, triton_support
 from flowrl_kernels.linear_logprobs import reference, torch_chunked
 from flowrl_kernels.linear_logprobs.contract import LinearLogprobs
 
@@ -103,5 +104,24 @@ def _torch_can_run(call: backends.Call) -> str | None:
     return "has no FP8 product" if "fp8" in call.features else None
 
 
+def _triton(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, precision: str, **options: Any
+) -> LinearLogprobs:
+    from flowrl_kernels.head.triton_head import TritonHead  # a machine may lack triton
+
+    checks.require(
+        precision == "native"
+        or not torch.is_grad_enabled()
+        or not (hidden.requires_grad or weight.requires_grad),
+        "precision='fp8' has no gradient: hidden and weight must not require one",
+        "one that does",
+        "call it under torch.no_grad() or use precision='native'",
+    )
+    return torch_chunked.linear_logprobs(
+        hidden, weight, targets, precision=precision, kernels=TritonHead(precision), **options
+    )
+
+
+backends.register("linear_logprobs", "triton", triton_support.refusal)(_triton)
 backends.register("linear_logprobs", "reference", _reference_can_run)(reference.linear_logprobs)
 backends.register("linear_logprobs", "torch", _torch_can_run)(torch_chunked.linear_logprobs)

@@ -38,10 +38,13 @@ def linear_logprobs(
     entropy: str,
     precision: str,
     max_logits_bytes: int | None,
+    kernels: HeadKernels | None = None,  # None: PyTorch's
 ) -> LinearLogprobs:
-    assert precision == "native", precision
+    if kernels is None:
+        assert precision == "native", precision
+        kernels = TorchHead()
     columns = valid_columns(weight, vocab_start, vocab_size)
-    call = _Call(columns, temperature, vocab_start, group, entropy, max_logits_bytes, TorchHead())
+    call = _Call(columns, temperature, vocab_start, group, entropy, max_logits_bytes, kernels)
     return LinearLogprobs(*_LinearLogprobs.apply(call, hidden, weight, targets))
 
 
@@ -65,12 +68,16 @@ class _Call:
             entropy=self.entropy != "none",
         )
 
-    def chunks(self, head: Head, targets: Tensor) -> tuple[list[tuple[Rows, int]], Workspace]:
-        """Pieces of the rows that count with their sizes, and a workspace for the largest."""
+    def chunks(self, head: Head, targets: Tensor) -> list[tuple[Rows, int]]:
+        """Pieces of the rows that count, with their sizes."""
         num_counted = int((targets != IGNORE_INDEX).sum())
         rows = counted_rows(targets, slice(0, targets.numel()), num_counted)
-        pieces = list(split(rows, num_counted, rows_per_chunk(head, self.max_logits_bytes)))
-        return pieces, Workspace(head, max((size for _, size in pieces), default=0))
+        most = rows_per_chunk(head, self.kernels, self.max_logits_bytes)
+        return list(split(rows, num_counted, most))
+
+    def workspace(self, head: Head, chunks: list[tuple[Rows, int]]) -> Workspace:
+        """For the largest of the chunks."""
+        return Workspace(head, self.kernels, max((size for _, size in chunks), default=0))
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -81,10 +88,12 @@ class _LinearLogprobs(torch.autograd.Function):
         head = call.head(weight)
         logprobs = hidden.new_zeros(targets.shape, dtype=head.dtype)  # masked rows stay 0
         row_max, log_sum, entropy = (torch.zeros_like(logprobs) for _ in range(3))
-        chunks, workspace = call.chunks(head, targets)
+        chunks = call.chunks(head, targets)
+        needed = call.kernels.forward_needs_workspace
+        workspace = call.workspace(head, chunks) if needed else None
         with torch.autocast(hidden.device.type, enabled=False):
             for rows, size in chunks:
-                out = workspace.rows(size)
+                out = None if workspace is None else workspace.rows(size)
                 local = call.kernels.statistics(head, hidden[rows], targets[rows], out)
                 done = finish(head, local)
                 row_max[rows], log_sum[rows] = done.row_max, done.log_sum
@@ -109,7 +118,8 @@ class _LinearLogprobs(torch.autograd.Function):
         gradients = HeadGradients(head, hidden, weight, wanted)
         if dlogprobs is None:
             dlogprobs = torch.zeros_like(logprobs)
-        chunks, workspace = call.chunks(head, targets)
+        chunks = call.chunks(head, targets)
+        workspace = call.workspace(head, chunks)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows, size in chunks:
                 out, of_rows = workspace.rows(size), targets[rows]

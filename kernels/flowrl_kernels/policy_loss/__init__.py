@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from flowrl_kernels import backends, checks
+from flowrl_kernels import backends, checks, triton_support
 from flowrl_kernels.policy_loss import reference, torch_chunked
 from flowrl_kernels.policy_loss.contract import Objective, PolicyLoss, Rows
 
@@ -158,6 +158,13 @@ def _torch_can_run(call: backends.Call) -> str | None:
     return None
 
 
+def _triton(*args: Any, **options: Any) -> PolicyLoss:
+    from flowrl_kernels.head.triton_head import TritonHead  # a machine may lack triton
+
+    return torch_chunked.linear_policy_loss(*args, kernels=TritonHead(), **options)
+
+
+backends.register("linear_policy_loss", "triton", triton_support.refusal)(_triton)
 backends.register("linear_policy_loss", "reference", _reference_can_run)(
     reference.linear_policy_loss
 )

@@ -50,6 +50,7 @@ def linear_policy_loss(
     grad_scale: float,
     main_grad: Tensor | None,
     max_logits_bytes: int | None,
+    kernels: HeadKernels | None = None,  # None: PyTorch's
 ) -> PolicyLoss:
     columns = valid_columns(weight, vocab_start, vocab_size)
     head = Head(
@@ -63,7 +64,7 @@ def linear_policy_loss(
     inputs = {**sequence_inputs, **token_inputs}
     call = _Call(
         head,
-        TorchHead(),
+        kernels or TorchHead(),
         objective,
         targets,
         cu_seqlens,
@@ -168,12 +169,15 @@ class _Evaluation:
         self._dlogprobs = torch.zeros_like(self.logprobs)
         self._dentropy = torch.zeros_like(self.logprobs) if call.entropy_gradient else None
         self._metrics: dict[str, list[Tensor]] = {}
+        self._workspace: Workspace | None = None
 
     def run(self) -> Tensor:  # ()
         call = self._call
-        most = rows_per_chunk(call.head, call.max_logits_bytes)
+        most = rows_per_chunk(call.head, call.kernels, call.max_logits_bytes)
         chunks = plan(call.targets, call.cu_seqlens, most)
-        self._workspace = Workspace(call.head, min(most, max(c.num_counted for c in chunks)))
+        if self._gradients.wanted or call.kernels.forward_needs_workspace:
+            size = min(most, max(c.num_counted for c in chunks))
+            self._workspace = Workspace(call.head, call.kernels, size)
         loss = self.logprobs.new_zeros(())
         for chunk in chunks:
             loss += self._chunk(chunk, most)
@@ -196,6 +200,7 @@ class _Evaluation:
         loss = self._differentiate(chunk)
         if not self._gradients.wanted:
             return loss
+        assert self._workspace is not None
         for (piece, size), (local, done) in zip(pieces, found, strict=True):
             out = self._workspace.rows(size)
             if len(pieces) > 1:  # a long sequence: the next piece took the place of these logits
@@ -206,12 +211,13 @@ class _Evaluation:
             self._gradients.add(piece, out)
         return loss
 
-    def _local(self, rows: RowIndex, out: Tensor) -> LocalStatistics:
+    def _local(self, rows: RowIndex, out: Tensor | None) -> LocalStatistics:
         call = self._call
         return call.kernels.statistics(call.head, self._hidden[rows], call.targets[rows], out)
 
     def _score(self, rows: RowIndex, size: int) -> tuple[LocalStatistics, RowStatistics]:
-        local = self._local(rows, self._workspace.rows(size))
+        out = None if self._workspace is None else self._workspace.rows(size)
+        local = self._local(rows, out)
         done = finish(self._head, local)
         self.logprobs[rows] = done.logprobs
         if self.entropy is not None and done.entropy is not None:

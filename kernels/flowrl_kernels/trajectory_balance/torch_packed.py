@@ -113,27 +113,28 @@ def _trajectory_balance(
 
 
 @_trajectory_balance.register_fake
-def _(
+def outputs_like(
     logprobs: Tensor,
     old_logprobs: Tensor | None,
     ref_logprobs: Tensor,
     log_z: Tensor,
     *_: object,
-) -> tuple[Tensor, ...]:
-    per_sequence = [logprobs.new_empty(log_z.shape) for _ in range(5)]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised tensors in the place of the operator's nine outputs."""
+    a, b, c, d, e = (logprobs.new_empty(log_z.shape) for _ in range(5))
     num_tokens = log_z.new_empty(log_z.shape, dtype=torch.int64)
     dlogprobs, dlog_z = logprobs.new_empty(logprobs.shape), log_z.new_empty(log_z.shape)
-    return (logprobs.new_empty(()), *per_sequence, num_tokens, dlogprobs, dlog_z)
+    return logprobs.new_empty(()), a, b, c, d, e, num_tokens, dlogprobs, dlog_z
 
 
-def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[7:])
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def backward(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     dlogprobs, dlog_z = ctx.saved_tensors
     return (dloss * dlogprobs, None, None, dloss * dlog_z, *([None] * 8))
 
 
-_trajectory_balance.register_autograd(_backward, setup_context=_keep_gradients)
+_trajectory_balance.register_autograd(backward, setup_context=keep_gradients)
