@@ -13,7 +13,7 @@ from flowrl_kernels import backends
 
 from flowrl import objectives
 from flowrl.config import Config
-from flowrl.models import Backend, hf_files
+from flowrl.models import Backend, base_model, hf_files
 from flowrl.models.hf_backend import HFBackend
 from flowrl.objectives.base import Objective
 from flowrl.parallel import Parallel
@@ -72,7 +72,7 @@ def model_dir(config: Config, task: Task, parallel: Parallel, say: Callable[[str
         raise ConfigError(
             f"task {task.name} has no base model of its own; give one with --model.path DIR"
         )
-    built = hf_files.build_base(task, config.base, say) if parallel.is_main else None
+    built = base_model.build_base(task, config.base, say) if parallel.is_main else None
     path = parallel.broadcast(built)
     assert path is not None
     return path

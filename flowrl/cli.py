@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -71,10 +71,12 @@ class InspectArgs:
     """Step; the last one by default."""
     prompt: int | None = None
     """Only this prompt index."""
-    only: str = "all"
-    """all, correct, wrong or truncated."""
-    limit: int = 20
-    """Samples shown."""
+    split: Literal["train", "eval"] = "train"
+    """Training rollouts, or the answers of an evaluation."""
+    only: Literal["all", "correct", "wrong", "truncated", "error"] = "all"
+    """Only these responses."""
+    limit: int = 4
+    """Prompts shown; 0: all."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def _inspect(args: InspectArgs, overrides: dict[str, Any]) -> None:
     show(
         args.run_dir,
         step=args.step,
+        split=args.split,
         prompt_index=args.prompt,
         limit=args.limit,
         only=args.only,
@@ -177,7 +180,14 @@ TAKES_SETTINGS = ("train", "make-base")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _run(list(sys.argv[1:] if argv is None else argv))
+    except BrokenPipeError:  # the reader of our output has gone, `| head` say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+
+
+def _run(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help", "help"):
         print(_overview())
         return

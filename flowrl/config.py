@@ -278,7 +278,7 @@ class KernelsConfig:
     backend: str = "auto"
     """Backend of the fused operators: auto, or one that `flowrl doctor` lists as available."""
     max_logits_mb: int = 0
-    """Largest logits chunk alive at a time, in MiB. 0: 1024 on CPU, 3072 on CUDA."""
+    """Largest logits chunk alive at a time, in MiB. 0: 256 on CPU, 3072 on CUDA."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from flowrl.metrics import JsonLines
 from flowrl.models import Backend
 from flowrl.parallel import Parallel
 from flowrl.records import Rollout, Score
+from flowrl.run_reader import check_run_dir
 from flowrl.schema import ConfigError, read_toml
 from flowrl.trainer import NonFiniteLossError, StepResult
 
@@ -133,10 +134,8 @@ class RunDir:
 
 def read_config(path: Path) -> Config:
     """The config of an existing run. Raises ConfigError where there is none."""
-    file = path / "config.toml"
-    if not file.is_file():
-        raise ConfigError(f"{path} is no run directory (no config.toml); list runs with: ls runs")
-    return from_mapping(read_toml(file))
+    check_run_dir(path)
+    return from_mapping(read_toml(path / "config.toml"))
 
 
 def restore_newest(path: Path, backend: Backend) -> int:
@@ -146,17 +145,6 @@ def restore_newest(path: Path, backend: Backend) -> int:
         raise ConfigError(f"{path} has no valid checkpoint; train on with --resume to make one")
     backend.load_state(found.path)
     return found.step
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl, without a half-written last line."""
-    rows = []
-    for line in (path / "metrics.jsonl").read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
 
 
 def describe_environment(config: Config, kernel_backend: str, parallel: Parallel) -> dict[str, Any]:

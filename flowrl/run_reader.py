@@ -52,9 +52,17 @@ def read_run(path: Path) -> RunData:
         environment=environment,
         train=sorted(train, key=lambda row: row["step"]),
         evals=sorted((r for r in metrics if r.get("kind") == "eval"), key=lambda r: r["step"]),
-        timing=sorted(timing, key=lambda row: row["step"]),
+        timing=_merged_by_step(timing),
         notes=(*notes, *timing_notes, *environment_notes),
     )
+
+
+def _merged_by_step(rows: Sequence[Row]) -> list[Row]:
+    """One row a step: its own seconds and those of what followed it, a checkpoint say."""
+    merged: dict[int, Row] = {}
+    for row in rows:
+        merged.setdefault(row["step"], {}).update(row)
+    return [row for _, row in sorted(merged.items()) if "timing_s/step" in row]
 
 
 def check_run_dir(path: Path) -> None:

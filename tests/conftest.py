@@ -10,11 +10,12 @@ import torch
 
 from flowrl.assembly import resolve
 from flowrl.config import Config, load, merge
-from flowrl.models.hf_files import build_base
+from flowrl.models.base_model import build_base
 from flowrl.tasks import build_task
 
 TINY = {
-    "task": {"num_numbers": 2},  # one random answer in five is right, so there is a signal
+    # One random answer in five is right, so there is a signal.
+    "task": {"num_numbers": 2, "min_solutions": 1, "target_high": 99},
     "base": {"hidden_size": 32, "num_layers": 2, "intermediate_size": 64, "pretrain_steps": 120},
     "batch": {
         "prompts_per_step": 4,
@@ -53,12 +54,3 @@ def tiny_config(tiny: dict[str, Any]) -> Config:
 def base_dir(tiny_config: Config) -> Path:
     task = build_task(tiny_config.task.name, tiny_config.task.options, 1.0)
     return build_base(task, tiny_config.base, lambda _: None)
-
-
-def as_args(overrides: dict[str, Any]) -> list[str]:
-    """The overrides as command-line arguments."""
-    return [
-        f"--{section}.{key}={value}"
-        for section, values in overrides.items()
-        for key, value in values.items()
-    ]

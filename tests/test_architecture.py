@@ -15,6 +15,7 @@ HEAVY = {  # package -> the only modules that may import it
     "megatron": {"flowrl/models/megatron_"},
     "transformer_engine": {"flowrl/models/megatron_"},
     "transformers": {
+        "flowrl/models/base_model.py",
         "flowrl/models/hf_backend.py",
         "flowrl/models/hf_files.py",
         "flowrl/models/packed_attention.py",

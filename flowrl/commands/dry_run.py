@@ -11,13 +11,13 @@ from rich.table import Table
 
 from flowrl import assembly
 from flowrl.config import Config, to_toml
-from flowrl.models import hf_files
+from flowrl.models import base_model, hf_files
 from flowrl.parallel import Parallel
 from flowrl.schema import ConfigError
 from flowrl.tasks import build_task
 from flowrl.trainer import check_layout
 
-LOGITS_BYTES = {"cpu": 1 << 30, "cuda": 3 << 30}
+LOGITS_BYTES = {"cpu": 256 << 20, "cuda": 3 << 30}
 
 
 def run(config: Config) -> None:
@@ -34,7 +34,7 @@ def run(config: Config) -> None:
         raise ConfigError(
             f"task {task.name} has no base model of its own; give one with --model.path DIR"
         )
-    size = hf_files.model_size(config.model.path, config.base, task.alphabet or "")
+    size = base_model.model_size(config.model.path, config.base, task.alphabet or "")
     console = Console(soft_wrap=True)
     console.print(to_toml(config), markup=False, highlight=False)
     console.print(_batch_table(config, ranks.world_size, num_problems))
@@ -69,7 +69,7 @@ def _batch_table(config: Config, world_size: int, num_problems: tuple[int, int])
     return table
 
 
-def _memory_table(config: Config, size: hf_files.ModelSize, needs: frozenset[str]) -> Table:
+def _memory_table(config: Config, size: base_model.ModelSize, needs: frozenset[str]) -> Table:
     """Bytes per rank of what can be counted; activations are not among them."""
     width = 4 if config.model.dtype == "float32" else 2
     hidden = size.hidden

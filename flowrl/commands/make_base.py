@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from flowrl.config import Config
-from flowrl.models.hf_files import build_base
+from flowrl.models.base_model import build_base
 from flowrl.schema import ConfigError
 from flowrl.tasks import build_task
 

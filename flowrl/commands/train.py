@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from flowrl.loggers import Logger, build_loggers
 from flowrl.metrics import Stopwatch, peak_memory_gb
 from flowrl.parallel import Parallel
 from flowrl.report import write_report
-from flowrl.run_dir import RunDir, read_config, read_metrics
+from flowrl.run_dir import RunDir, read_config
+from flowrl.run_reader import read_run
 from flowrl.schema import ConfigError
 from flowrl.trainer import NonFiniteLossError, StepResult, Trainer, TrainingError, check_layout
 
@@ -86,16 +87,18 @@ def _train(
 ) -> None:
     with Display(config.trainer.steps, enabled=ranks.is_main) as display:
         display.say(f"run directory: {run_dir.path}")
+        loggers = build_loggers(config.run.loggers, run_dir.path) if ranks.is_main else []
         parts = assembly.assemble(config, ranks, display.say)
         try:
-            session = _Session(config, ranks, run_dir, parts, display)
-            session.train(found)
+            _Session(config, ranks, run_dir, parts, display, loggers).train(found)
         finally:
+            for logger in loggers:
+                logger.close()
             parts.close()
             run_dir.close()
     if ranks.is_main:
         report = write_report(run_dir.path)
-        evals = [r for r in read_metrics(run_dir.path) if r["kind"] == "eval"]
+        evals = read_run(run_dir.path).evals
         if evals:
             first, last = ({k: v for k, v in r.items() if "/" in k} for r in (evals[0], evals[-1]))
             before_after(first, last, evals[-1]["step"], display.console)
@@ -113,6 +116,7 @@ class _Session:
         run_dir: RunDir,
         parts: assembly.Parts,
         display: Display,
+        loggers: Sequence[Logger],
     ) -> None:
         self.config = config
         self.ranks = ranks
@@ -121,9 +125,7 @@ class _Session:
         self.display = display
         self.watch = Stopwatch(ranks.device)
         self.evaluator = Evaluator(config, parts.task, parts.tokenizer, ranks)
-        self.loggers: list[Logger] = (
-            build_loggers(config.run.loggers, run_dir.path) if ranks.is_main else []
-        )
+        self.loggers = loggers
         self.trainer = Trainer(
             config,
             ranks,
@@ -147,8 +149,6 @@ class _Session:
                 self._evaluate(number)
             if number == steps or _due(number, self.config.checkpoint.every):
                 self._checkpoint(number)
-        for logger in self.loggers:
-            logger.close()
 
     def _begin(self) -> int:
         self.run_dir.cut_back(-1, {"metrics.jsonl": 0, "timing.jsonl": 0})
@@ -196,8 +196,10 @@ class _Session:
     def _evaluate(self, number: int) -> None:
         if not self.config.eval.num_prompts:
             return
+        began = time.perf_counter()
         evaluation = self.evaluator.run(self.parts.sampler, self.parts.backend)
         self.run_dir.write_eval(number, evaluation)
+        self._log_seconds(number, "eval", time.perf_counter() - began)
         for logger in self.loggers:
             logger.log(number, evaluation.metrics)
         self.display.evaluation(number, evaluation.metrics)
@@ -210,15 +212,22 @@ class _Session:
             "skipped_in_a_row": self.trainer.skipped_in_a_row,
             "config": to_mapping(self.config),
         }
-        with self.watch("checkpoint"):
-            checkpoint.save(
-                self.run_dir.path,
-                number,
-                state,
-                self.parts.backend.save_state,
-                self.ranks,
-                self.config.checkpoint.keep_last,
-            )
+        began = time.perf_counter()
+        checkpoint.save(
+            self.run_dir.path,
+            number,
+            state,
+            self.parts.backend.save_state,
+            self.ranks,
+            self.config.checkpoint.keep_last,
+        )
+        self._log_seconds(number, "checkpoint", time.perf_counter() - began)
+
+    def _log_seconds(self, number: int, kind: str, seconds: float) -> None:
+        """Of what happens between steps."""
+        if self.ranks.is_main:
+            row = {"kind": kind, "step": number, f"timing_s/{kind}": seconds}
+            self.run_dir.timing.write(row)
 
 
 def _due(number: int, every: int) -> bool:

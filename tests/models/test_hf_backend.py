@@ -102,8 +102,8 @@ def gradients(config, base_dir, objective, plan):
         Microbatch(packed.select(torch.tensor(i)), batch.select(torch.tensor(i))) for i in plan
     ]
     output = backend.forward_backward(microbatches, objective)
-    grads = {name: p.grad for name, p in backend.params.items()}
-    assert all(g is not None for g in grads.values())
+    grads = {name: p.grad for name, p in backend.params.items() if p.grad is not None}
+    assert grads.keys() == backend.params.keys()
     return output, grads
 
 
@@ -136,6 +136,7 @@ def test_the_log_z_gradient_reaches_the_backbone_unless_detached(tiny_config, ba
             output = backend.params["log_z.mlp.8.weight"]
             output.data = weight * torch.linspace(-1, 1, output.shape[1])[None]
             hidden = backend._hidden(backend.model, packed)
+            assert backend.log_z_head is not None
             backend.log_z_head(hidden, packed).sum().backward()
             grad = backend.params["model.embed_tokens.weight"].grad
             found.append(torch.zeros(1) if grad is None else grad)
@@ -161,7 +162,7 @@ def test_first_update_moves_and_a_non_finite_gradient_does_not(tiny_config, base
     before, moments = param.detach().clone(), backend.optimizer.state[param]["exp_avg"].clone()
     for other in backend.params.values():
         other.grad = torch.ones_like(other)
-    param.grad[0] = float("nan")
+    param.grad = torch.full_like(param, float("nan"))
     info = backend.step()
     assert info.skipped
     assert backend.policy_version == 1

@@ -16,9 +16,8 @@ from transformers import (
 )
 
 from flowrl.config import BaseConfig
+from flowrl.models.base_model import build_base, character_tokenizer
 from flowrl.models.hf_files import (
-    build_base,
-    character_tokenizer,
     check_model_dir,
     export_hf,
     fingerprint,
