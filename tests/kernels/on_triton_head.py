@@ -32,6 +32,21 @@ def test_low_precision_operands(dtype, dim):
     judge(case_here(33, 130, dim, size=3), dtype)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_random_shapes_and_options(seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    padding, vocab = draw(0, 70), draw(1, 200)
+    case = case_here(draw(1, 90), vocab + padding, draw(1, 70), seed=seed, size=draw(1, 4))
+    case.targets = case.targets.where(case.targets < vocab, 0)
+    dtype = (torch.float32, torch.float16, torch.bfloat16)[seed % 3]
+    rows = draw(1, 100) * (vocab + padding) * 4
+    judge(case, dtype, vocab_size=vocab, temperature=draw(4, 20) / 10, max_logits_bytes=rows)
+
+
 def test_many_rows():
     judge(case_here(1025, 129, size=2), torch.float32, max_logits_bytes=129 * 4 * 400)
 
@@ -110,7 +125,7 @@ def test_masked_rows_are_never_read():
     result = linear_logprobs(
         case.hidden, case.weight, case.targets, entropy="grad", backend="triton"
     )
-    combine({"logprobs": result.logprobs.cpu(), "lse": result.lse.cpu()}).backward()
+    combine({"logprobs": result.logprobs, "lse": result.lse}).backward()
     assert case.hidden.grad is not None
     assert case.weight.grad is not None
     assert case.weight.grad.isfinite().all()
@@ -363,6 +378,20 @@ def test_fp8_forward(dtype, monkeypatch):
     assert max_error(ours.entropy, truth.entropy) < tolerance
     # Negative control and the reason why fp8 is never a default: the rounding itself is not small.
     assert 0.01 < max_error(ours.logprobs, exact.logprobs) < 1.0
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="torch._scaled_mm takes row scales on a GPU only")
+def test_fp8_agrees_with_the_scaled_product_of_torch():
+    case = case_here(256, 4096, 512, masked=0)
+    hidden, weight = case.hidden.bfloat16(), case.weight.bfloat16()
+    with torch.no_grad():
+        ours = linear_logprobs(hidden, weight, case.targets, precision="fp8", backend="triton")
+    (a, of_a), (b, of_b) = triton_head.quantize_rows(hidden), triton_head.quantize_rows(weight)
+    logits = torch._scaled_mm(
+        a, b.T, scale_a=of_a[:, None], scale_b=of_b[None, :], out_dtype=torch.bfloat16
+    ).float()
+    theirs = logits.log_softmax(-1).gather(1, case.targets[:, None])[:, 0]
+    assert max_error(ours.logprobs, theirs.double()) < 0.03  # bfloat16 logits of size 4: 2^-7 each
 
 
 def test_fp8_refuses_gradients():

@@ -30,7 +30,7 @@ def evaluate(case: Case, group: ProcessGroup | None, **options: Any) -> dict[str
     """Every output and gradient of both operators; `case` has this rank's rows of the weight."""
     options |= {"group": group, "entropy": "grad", "temperature": 0.7, "max_logits_bytes": 6000}
     scores = linear_logprobs(case.hidden, case.weight, case.targets, **options)._asdict()
-    combine({name: x.cpu() for name, x in scores.items()}).backward()
+    combine(scores).backward()
     fused = Case(case.hidden.detach(), case.weight.detach(), case.targets).to(case.hidden.dtype)
     cu_seqlens = torch.tensor([0, 3, 25, 40], dtype=torch.int32, device=DEVICE)
     result = linear_policy_loss(

@@ -251,9 +251,10 @@ def _quantize_rows_kernel(
     for k in range(0, dim, BLOCK_D):
         x = tl.load(x_ptr + row * x_stride + k + inner, mask=k + inner < dim, other=0.0)
         largest = tl.maximum(largest, tl.abs(x.to(tl.float32)))
-    scale = tl.maximum(tl.max(largest, 0), 1e-30) / FP8_MAX  # a row of zeros stays zeros
+    # a row of zeros stays zeros; div_rn: the plain division of a GPU is off by an ulp or two
+    scale = tl.div_rn(tl.maximum(tl.max(largest, 0), 1e-30), tl.full((), FP8_MAX, tl.float32))
     tl.store(scale_ptr + row, scale)
     for k in range(0, dim, BLOCK_D):
         x = tl.load(x_ptr + row * x_stride + k + inner, mask=k + inner < dim, other=0.0)
-        q = tl.clamp(x.to(tl.float32) / scale, -FP8_MAX, FP8_MAX)  # the division may round up
+        q = tl.clamp(tl.div_rn(x.to(tl.float32), scale), -FP8_MAX, FP8_MAX)
         tl.store(q_ptr + row * dim + k + inner, q.to(q_ptr.dtype.element_ty), mask=k + inner < dim)

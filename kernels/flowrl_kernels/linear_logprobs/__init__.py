@@ -1,6 +1,7 @@
 """Log-probabilities of target tokens under a linear output layer, without its logits.
 
-`reference.py` is the definition, `torch_chunked.py` the same in chunks of rows.
+`reference.py` is the definition, `torch_chunked.py` the same in chunks of rows, with PyTorch's or
+Triton's kernels (`flowrl_kernels/head`).
 """
 
 from __future__ import annotations
@@ -53,10 +54,14 @@ def linear_logprobs(
 
     The torch backend holds at most `max_logits_bytes` of logits (default 256 MiB on a CPU, 3 GiB on
     CUDA), stores the log-sum-exp and makes the logits a second time in backward: 8 T D V flop in
-    all.
+    all. So does the triton backend, which holds no logits in forward.
 
-    Raises ValueError for shapes, dtypes, devices, targets or options out of range, and for a
-    backend that cannot run the call. Source: arXiv:2411.09009 for the idea of recomputing the
+    precision="fp8" (triton only) multiplies rows of hidden and weight rounded to e4m3, each with
+    its own scale, and has no gradient: log-probs are off by 0.01 to 1, too much for importance
+    weights.
+
+    Raises ValueError for shapes, dtypes, devices, targets or options out of range, for fp8 where a
+    gradient is needed, and for a backend that cannot run the call. Source: arXiv:2411.09009 for the idea of recomputing the
     logits.
     """
     checks.check_head(
