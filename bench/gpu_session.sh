@@ -71,7 +71,7 @@ test_files() { # part, pytest options
 for part in "${parts[@]}"; do
   case $part in
     tests) test_files tests "$root"/tests/kernels/on_triton_*.py ;;
-    fp8) test_files fp8 "$root"/tests/kernels/on_triton_head.py -k fp8 -rA ;;
+    fp8) test_files fp8 "$root"/tests/kernels/on_triton_fp8.py -rA ;;
     aot) bench aot aot ;;
     tune) bench tune tune --shape qwen2.5-7b ;;
     forward_7b) bench forward_7b linear_logprobs --shape qwen2.5-7b --pass forward ;;

@@ -61,8 +61,8 @@ def linear_logprobs(
     weights.
 
     Raises ValueError for shapes, dtypes, devices, targets or options out of range, for fp8 where a
-    gradient is needed, and for a backend that cannot run the call. Source: arXiv:2411.09009 for the idea of recomputing the
-    logits.
+    gradient is needed, and for a backend that cannot run the call. Source: arXiv:2411.09009 for the
+    idea of recomputing the logits.
     """
     checks.check_head(
         hidden,
