@@ -17,9 +17,9 @@ def main(arguments: list[str]) -> int:
         from bench.run import main as run
 
         return run(arguments)
-    if arguments and arguments[0] in ("aot", "tune", "compare"):
+    if arguments and arguments[0] in ("aot", "tune", "compare", "table"):
         return import_module(f"bench.{arguments[0]}").main(arguments[1:])
-    print(f"usage: python -m bench {{{','.join(BENCHMARKS)},aot,tune,compare}} [--help]")
+    print(f"usage: python -m bench {{{','.join(BENCHMARKS)},aot,tune,compare,table}} [--help]")
     return 0 if arguments in (["-h"], ["--help"]) else 2
 
 

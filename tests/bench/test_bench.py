@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import compare, measure, problems, run
+from bench import compare, measure, problems, run, table
 from bench.problems import Shape
 from bench.providers import Provider, Unavailable, providers
 
@@ -54,6 +54,21 @@ def test_forward_alone_and_trajectory_balance(capsys, tmp_path):
     record = bench(capsys, tmp_path, "trajectory_balance", "--providers", "torch")
     assert [row["wrong"] for row in record["providers"]] == [None]
     assert record["bytes"] == 18 * record["tokens"]
+    assert "| flowrl torch | " in table.markdown(record)
+
+
+def test_table_and_plot(capsys, tmp_path):
+    arguments = ("policy_loss", "--shape", "24x8x61", "--providers", "flowrl torch,verl")
+    record = bench(capsys, tmp_path, *arguments)
+    figure = tmp_path / "bars.svg"
+    assert table.main([str(tmp_path / "out.json"), "--plot", str(figure)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    ours = next(line for line in printed if "flowrl torch one pass" in line)
+    timing = next(r for r in record["providers"] if "one pass" in r["provider"] and r["timing"])
+    assert f"{timing['timing']['median_ms']:.4g} (" in ours
+    assert printed[-1].startswith("Skipped, with the reason in the file: ")
+    assert "verl" in printed[-1]
+    assert "<svg" in figure.read_text()
 
 
 def test_inputs_have_the_entropy_they_are_named_for():
