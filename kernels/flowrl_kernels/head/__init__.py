@@ -77,7 +77,30 @@ class RowGradients:
     entropy: Tensor | None = None  # (n,)
 
 
+class Products(Protocol):
+    """The two gradient products, from the dlogits that `HeadKernels.dlogits_` left."""
+
+    def dhidden(
+        self,
+        dlogits: Tensor,  # (n, V)
+        weight: Tensor,  # (V, D)
+    ) -> Tensor:  # (n, D)
+        """dlogits @ weight, summed in float32 (float64 for float64)."""
+        ...
+
+    def dweight_(
+        self,
+        total: Tensor,  # (V, D)
+        dlogits: Tensor,  # (n, V)
+        hidden: Tensor,  # (n, D)
+        beta: int,
+    ) -> None:
+        """total = beta * total + dlogits.T @ hidden; for beta 0, total is not read."""
+        ...
+
+
 class HeadKernels(Protocol):
+    products: Products
     forward_needs_workspace: bool
     """Whether `statistics` needs `out` when no gradient follows."""
 

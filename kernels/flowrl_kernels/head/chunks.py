@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from flowrl_kernels.checks import IGNORE_INDEX
-from flowrl_kernels.head import Head, HeadKernels
-from flowrl_kernels.head.products import dhidden, dweight_
+from flowrl_kernels.head import Head, HeadKernels, Products
 from flowrl_kernels.head.vocab_parallel import sum_over_ranks_
 
 # The default of max_logits_bytes. CPU: the products reach their full rate from about 256 rows of
@@ -65,12 +64,13 @@ class HeadGradients:
     def __init__(
         self,
         head: Head,
+        products: Products,
         hidden: Tensor,  # (T, D)
         padded_weight: Tensor,  # (V_local, D)
         wanted: tuple[bool, bool],
         weight_sum: Tensor | None = None,
     ) -> None:
-        self._head = head
+        self._head, self._products = head, products
         self._hidden = hidden
         want_hidden, want_weight = wanted
         # Parts of several ranks are summed before they are rounded to the dtype of hidden.
@@ -91,10 +91,11 @@ class HeadGradients:
     def add(self, rows: Rows, dlogits: Tensor) -> None:
         """dlogits (n, V_valid) of `rows`; the rows of d(hidden) are set, d(weight) is added to."""
         if self._dhidden is not None:
-            self._dhidden[rows] = dhidden(dlogits, self._head.weight).to(self._dhidden.dtype)
+            found = self._products.dhidden(dlogits, self._head.weight)
+            self._dhidden[rows] = found.to(self._dhidden.dtype)
         if self._dweight is not None:
             valid = self._dweight[: dlogits.shape[1]]
-            dweight_(valid, dlogits, self._hidden[rows], self._beta)
+            self._products.dweight_(valid, dlogits, self._hidden[rows], self._beta)
             self._beta = 1
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:

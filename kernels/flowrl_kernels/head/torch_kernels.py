@@ -12,7 +12,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flowrl_kernels.head import Head, LocalStatistics, RowGradients, RowStatistics
+from flowrl_kernels.head import (
+    Head,
+    LocalStatistics,
+    Products,
+    RowGradients,
+    RowStatistics,
+    products,
+)
 from flowrl_kernels.head.products import is_mixed, logits_
 
 # Five passes over 1024 x 151936 logits: 0.08 s in blocks of 1-2 MB, 0.16 s over the whole chunk
@@ -21,6 +28,7 @@ BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 
 
 class TorchHead:
+    products: Products = products
     forward_needs_workspace = True
 
     def logit_bytes(self, head: Head) -> int:

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from flowrl_kernels.head import Head, LocalStatistics, RowGradients, RowStatistics
+from flowrl_kernels.head import (
+    Head,
+    LocalStatistics,
+    Products,
+    RowGradients,
+    RowStatistics,
+    products,
+)
 from flowrl_kernels.head.products import is_mixed
 from flowrl_kernels.head.triton_kernels import (
     _dlogits_kernel,
@@ -66,6 +73,7 @@ class TritonStatistics(LocalStatistics):
 class TritonHead:
     """HeadKernels. The logits live in registers; `out` holds E = exp(z - tile's maximum)."""
 
+    products: Products = products
     forward_needs_workspace = False
 
     def __init__(self, precision: str = "native") -> None:

@@ -115,7 +115,7 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden, weight, targets, logprobs, row_max, log_sum, entropy = ctx.saved_tensors
         head = call.head(weight)
         wanted = (ctx.needs_input_grad[1], ctx.needs_input_grad[2])
-        gradients = HeadGradients(head, hidden, weight, wanted)
+        gradients = HeadGradients(head, call.kernels.products, hidden, weight, wanted)
         if dlogprobs is None:
             dlogprobs = torch.zeros_like(logprobs)
         chunks = call.chunks(head, targets)

@@ -162,7 +162,12 @@ class _Evaluation:
             name: torch.zeros_like(x) for name, x in self._inputs.items() if self._needed[name]
         }
         self._gradients = HeadGradients(
-            call.head, hidden, weight, (needed[0], needed[1]), call.main_grad
+            call.head,
+            call.kernels.products,
+            hidden,
+            weight,
+            (needed[0], needed[1]),
+            call.main_grad,
         )
         self.logprobs = hidden.new_zeros(hidden.shape[:1], dtype=call.head.dtype)
         self.entropy = torch.zeros_like(self.logprobs) if call.head.entropy else None
