@@ -52,8 +52,8 @@ def evaluate(batch: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **found}
 
 
-def run(device: torch.device, repeats: int, wanted: str) -> tuple[list[Any], dict[str, Any]]:
-    from bench.run import Row
+def run(device: torch.device, repeats: int, names: str) -> tuple[list[Any], dict[str, Any]]:
+    from bench.run import Row, wanted
 
     batch = make(device)
     exact = {k: x.double() if x.is_floating_point() else x for k, x in batch.items()}
@@ -61,7 +61,7 @@ def run(device: torch.device, repeats: int, wanted: str) -> tuple[list[Any], dic
     rows, steps = [], {}
     for backend in backends.implemented("trajectory_balance"):
         row = Row(f"flowrl {backend}")
-        if not any(part in row.provider for part in wanted.split(",")):
+        if not wanted(row.provider, names):
             continue
         rows.append(row)
         try:

@@ -46,7 +46,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("benchmark")
     parser.add_argument("--shape", default="small", help="a name of bench/problems.py, or TxDxV")
     parser.add_argument("--pass", dest="passes", choices=("forward", "both"), default="both")
-    parser.add_argument("--providers", default="", help="parts of their names, comma separated")
+    parser.add_argument(
+        "--providers", default="", help="parts of their names, comma separated; =NAME for all of it"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="")
     parser.add_argument("--inputs", choices=("random", "peaked"), default="random")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -91,7 +93,7 @@ def run(
     steps: dict[str, Step] = {GEMM: measure.bare_products(problem, backward)}
     rows = [Row(GEMM)]
     for name, provider in providers(options.benchmark, backward).items():
-        if not any(part in name for part in options.providers.split(",")):
+        if not wanted(name, options.providers):
             continue
         row = Row(name, provider.limits)
         step = attempt(row, provider, options.benchmark, backward, problem, truth)
@@ -109,6 +111,12 @@ def run(
             row.tflops = round(shape.flops(backward) / row.timing.median_ms / 1e9, 4)
             row.of_gemm = round(bare / row.timing.median_ms, 4)
     return rows
+
+
+def wanted(name: str, providers: str) -> bool:
+    return any(
+        part[1:] == name if part.startswith("=") else part in name for part in providers.split(",")
+    )
 
 
 def attempt(
