@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import platform
@@ -67,6 +68,9 @@ def extra_bytes(step: Step, device: torch.device) -> int | None:
         before = torch.cuda.memory_allocated(device)
         returned = _bytes(step())
         return torch.cuda.max_memory_allocated(device) - before - returned
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc keeps freed blocks of up to 32 MB, which would look free of charge
+        trim(0)
     try:
         (PROC / "clear_refs").write_text("5")  # the high-water mark falls to what is resident
     except OSError:
