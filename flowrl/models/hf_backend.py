@@ -108,7 +108,7 @@ class HFBackend:
             outputs.append(output)
         return LossOutput(
             loss=math.fsum(float(o.loss.detach()) for o in outputs),
-            logprobs=torch.cat([o.logprobs for o in outputs]),
+            logprobs=torch.cat([o.logprobs.detach() for o in outputs]),
             entropy=torch.cat([o.entropy.detach() for o in outputs]) if entropy else None,
             metrics={
                 name: torch.cat([o.metrics[name] for o in outputs]) for name in outputs[0].metrics
