@@ -1,14 +1,17 @@
 """Adapters of other projects' kernels. Their names in `pip`, what they cannot do, how to call them.
 
 Written against liger-kernel and liger-cute-kernels 0.8.5, cut-cross-entropy 25.1.1, quack-kernels
-0.6.5 and verl 0.9.1. On a machine without a GPU only Liger's fallback and CCE's torch.compile form
-have been run.
+0.6.5 and verl 0.9.1. Only Liger's fallback and CCE's torch.compile form have been run: they take a
+CPU. The others wait for a GPU.
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -100,8 +103,17 @@ def quack(device: torch.device, problem: Problem) -> Head:
 
 
 def verl(device: torch.device, problem: Problem) -> Head:
+    """Its kernel alone: the packages around it would import ray, tensordict and more."""
     _needs_cuda(device, problem)
-    module = _import("verl.utils.kernel.linear_cross_entropy", "--no-deps verl==0.9.1 tensordict")
+    found = find_spec("verl")
+    if found is None or not found.submodule_search_locations:
+        raise Unavailable("No module named 'verl'; pip install --no-deps verl==0.9.1")
+    root = Path(found.submodule_search_locations[0])
+    for name in ("verl", "verl.utils", "verl.utils.kernel"):
+        package = ModuleType(name)
+        package.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
+        sys.modules.setdefault(name, package)
+    module = _import("verl.utils.kernel.linear_cross_entropy", "--no-deps verl==0.9.1")
 
     def head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return module.linear_cross_entropy(hidden, weight, targets, 1.0, "none")[0]
