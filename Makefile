@@ -1,6 +1,7 @@
 # make train   installs into .venv and runs the default job on this machine's CPU
 # make test    installs into .venv and runs the tests
 # Also: install lint types bench clean. Another torch: make install TORCH=torch==2.13.0
+# FLOWRL_BUILD_NATIVE=0 make install: without csrc/; =1: fail where it cannot be built.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,11 +15,12 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*.* csrc/include/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "flowrl needs Python 3.11 or newer; make install PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade "pip>=25" "setuptools>=77" wheel
+	-$(PIP) -c constraints.txt cmake ninja  # for the native operators, which are optional
 ifeq ($(TORCH),)
 	$(PIP) -c constraints.txt "torch==2.13.0+cpu" 2>/dev/null \
 	  || $(PIP) --retries 0 --timeout 20 --index-url $(TORCH_CPU_INDEX) "torch==2.13.0" 2>/dev/null \

@@ -12,7 +12,7 @@ import torch
 from flowrl_kernels import backends
 
 from flowrl import objectives
-from flowrl.config import Config
+from flowrl.config import Config, LogZConfig
 from flowrl.models import Backend, base_model, hf_files
 from flowrl.models.hf_backend import HFBackend
 from flowrl.objectives.base import Objective
@@ -20,6 +20,9 @@ from flowrl.parallel import Parallel
 from flowrl.rollout import Sampler, build_sampler
 from flowrl.schema import ConfigError, nearest
 from flowrl.tasks import Task, build_task
+
+DEFAULT_TARGET_BETA = 3.0  # of the exact target, for objectives without one of their own
+BACKENDS = {"hf": HFBackend}
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,35 @@ def resolve(config: Config) -> tuple[Config, Objective]:
     Raises ConfigError for options that the objective or the kernels refuse."""
     backend = None if config.kernels.backend == "auto" else config.kernels.backend
     objective = objectives.build(config.objective.name, config.objective.options, backend=backend)
-    defaults = objective.log_z_defaults
-    given = {k: v for k, v in dataclasses.asdict(config.log_z).items() if v is not None}
-    log_z = dataclasses.replace(config.log_z, **{**dataclasses.asdict(defaults), **given})
+    log_z = _resolved_log_z(config, objective)
+    if objective.coupling == "group" and config.batch.group_size < 2:
+        raise ConfigError(
+            f"objective {objective.name} compares the members of a group, got batch.group_size="
+            f"{config.batch.group_size}; set batch.group_size=8"
+        )
+    beta = config.eval.target_beta or objective.beta or DEFAULT_TARGET_BETA
     available = backends.available()
     if config.kernels.backend not in ("auto", *available):
         raise ConfigError(
             f"kernels.backend={config.kernels.backend} cannot run here"
             f"{nearest(config.kernels.backend, ['auto', *available])}"
         )
-    return dataclasses.replace(config, log_z=log_z), objective
+    target = dataclasses.replace(config.eval, target_beta=beta)
+    return dataclasses.replace(config, log_z=log_z, eval=target), objective
+
+
+def _resolved_log_z(config: Config, objective: Objective) -> LogZConfig:
+    """The [log_z] section over the preset's values. Raises ConfigError where nothing reads it."""
+    if "log_z" not in objective.needs:
+        if config.log_z != LogZConfig():
+            raise ConfigError(
+                f"log_z.* is set, but objective {objective.name} learns no log Z; leave it out, or "
+                "set objective.log_z=learned where the objective has that option"
+            )
+        return config.log_z
+    defaults = dataclasses.asdict(objective.log_z_defaults)
+    given = {k: v for k, v in dataclasses.asdict(config.log_z).items() if v is not None}
+    return dataclasses.replace(config.log_z, **{**defaults, **given})
 
 
 def kernel_backend(config: Config) -> str:
@@ -59,23 +81,37 @@ def kernel_backend(config: Config) -> str:
     if config.kernels.backend != "auto":
         return config.kernels.backend
     use_cuda = config.model.device != "cpu" and torch.cuda.is_available()
-    return backends.available("cuda" if use_cuda else "cpu")[0]
+    device = torch.device("cuda" if use_cuda else "cpu")
+    call = backends.Call(device, getattr(torch, config.model.dtype))
+    return backends.resolve("linear_policy_loss", None, call).backend
 
 
-def model_dir(config: Config, task: Task, parallel: Parallel, say: Callable[[str], None]) -> Path:
+def model_dir(
+    config: Config, task: Task | None, parallel: Parallel, say: Callable[[str], None]
+) -> Path:
     """The starting model's directory; where none is given rank 0 builds the task's base model."""
     if config.model.path:
         path = Path(config.model.path)
         hf_files.check_model_dir(path)
         return path
-    if task.alphabet is None:
-        raise ConfigError(
-            f"task {task.name} has no base model of its own; give one with --model.path DIR"
-        )
-    built = base_model.build_base(task, config.base, say) if parallel.is_main else None
+    assert task is not None
+    built = parallel.agree(
+        lambda: base_model.build_base(task, config.base, say) if parallel.is_main else None
+    )
     path = parallel.broadcast(built)
     assert path is not None
     return path
+
+
+def build_backend(
+    config: Config, objective: Objective, parallel: Parallel, say: Callable[[str], None]
+) -> Backend:
+    """The backend alone, for what needs no sampler. `config` is a resolved one."""
+    task = None
+    if not config.model.path:  # the base model is found by what its task makes of it
+        task = build_task(config.task.name, config.task.options, config.reward.timeout_s)
+    directory = model_dir(config, task, parallel, say)
+    return BACKENDS[config.model.backend](config, directory, objective.needs, parallel)
 
 
 def assemble(config: Config, parallel: Parallel, say: Callable[[str], None]) -> Parts:
@@ -84,7 +120,7 @@ def assemble(config: Config, parallel: Parallel, say: Callable[[str], None]) -> 
     task = build_task(config.task.name, config.task.options, config.reward.timeout_s)
     directory = model_dir(config, task, parallel, say)
     tokenizer = hf_files.load_tokenizer(directory)
-    backend = HFBackend(config, directory, objective.needs, parallel)
+    backend = BACKENDS[config.model.backend](config, directory, objective.needs, parallel)
     sampler = build_sampler(config, directory, tokenizer, parallel.device)
     sampler.load_weights(backend.named_weights(), backend.policy_version)
     return Parts(task, objective, directory, tokenizer, sampler, backend)

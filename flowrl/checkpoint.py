@@ -60,7 +60,8 @@ def save(
             "free the disk and continue with --resume"
         )
     if parallel.is_main:
-        for old in sorted(final.parent.glob("step_*"))[:-keep_last]:
+        others = [p for p in sorted(final.parent.glob("step_*")) if p != final]
+        for old in others[: max(0, len(others) - keep_last + 1)]:
             shutil.rmtree(old)
     return final
 
@@ -82,15 +83,28 @@ def find_problem(path: Path) -> str | None:
         manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         return f"{MANIFEST}: {error}"
-    for name, expected in manifest.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-        if _sha256(file) != expected["sha256"]:
-            return f"{name} does not have its hash"
+    found = {name: file for name, file in _files(path).items() if name != MANIFEST}
+    if not isinstance(manifest, dict) or manifest.keys() != found.keys() or not found:
+        return f"{MANIFEST} does not list its files"
+    for name, file in found.items():
+        if manifest[name] != _describe(file):
+            return f"{name} does not have the size and hash of {MANIFEST}"
     return None
+
+
+def drop_newer(run_dir: Path, step: int) -> None:
+    """Removes the checkpoints of later steps: corrupt ones, when an older one is resumed."""
+    for path in (run_dir / "checkpoints").glob("step_*"):
+        if int(path.name.removeprefix("step_")) > step:
+            shutil.rmtree(path)
+
+
+def _files(path: Path) -> dict[str, Path]:
+    return {str(p.relative_to(path)): p for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
 
 
 def _attempt(action: Callable[[], None]) -> str | None:
@@ -111,12 +125,10 @@ def _finish(aside: Path, final: Path, state: Mapping[str, Any], parallel: Parall
     if not parallel.is_main:
         return
     (aside / "trainer.json").write_text(json.dumps(state))
-    files = sorted(p for p in aside.rglob("*") if p.is_file())
-    manifest = {
-        str(p.relative_to(aside)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files
-    }
+    files = _files(aside)
+    manifest = {name: _describe(file) for name, file in files.items()}
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in [*files, aside / MANIFEST, aside]:
+    for path in [*files.values(), aside / MANIFEST, aside]:
         _fsync(path)
     if final.exists():  # a corrupt one of the same step, passed over at resume
         shutil.rmtree(final)

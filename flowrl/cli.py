@@ -8,15 +8,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from flowrl.config import Config, EvalConfig, load, recipe_names
+from flowrl.config import Config, EvalConfig
 from flowrl.overrides import split_overrides
 from flowrl.schema import ConfigError, nearest
+from flowrl.settings import load, recipe_names
 
 DEFAULT_RECIPE = "countdown_cpu"
 
@@ -99,13 +100,19 @@ class ExportArgs:
 
 def _train(args: TrainArgs, overrides: dict[str, Any]) -> None:
     config = load(args.recipe, overrides)
+    if args.dry_run and args.resume:
+        raise ConfigError("--dry-run checks a new run and --resume continues one; leave one out")
     if args.dry_run:
         from flowrl.commands import dry_run
 
         return dry_run.run(config)
     from flowrl.commands import train
 
-    return train.resume(config.run_dir, overrides) if args.resume else train.run(config)
+    if not args.resume:
+        return train.run(config)
+    if args.recipe != DEFAULT_RECIPE:  # named by the user, so it must be the run's
+        overrides = {**overrides, "recipe": config.recipe}
+    return train.resume(config.run_dir, overrides)
 
 
 def _make_base(args: MakeBaseArgs, overrides: dict[str, Any]) -> None:
@@ -201,7 +208,11 @@ def _run(args: list[str]) -> None:
     except ConfigError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
-        _fail("interrupted; continue with --resume", 130)
+        _fail("interrupted" + ("; continue with --resume" if args[0] == "train" else ""), 130)
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        remedy = "free the disk or correct the path; a run continues with --resume"
+        _fail(f"cannot read or write{where}: {error.strerror or error}; {remedy}", 1)
     except RuntimeError as error:
         if not _is_ours(error):
             raise
@@ -217,12 +228,22 @@ def _dispatch(name: str, args: list[str]) -> None:
         if {"-h", "--help"} & set(args):
             return _help(name, arguments, args)
         args, overrides = split_overrides(args)
+    _refuse_unknown(name, arguments, args)
     action(tyro.cli(arguments, prog=f"flowrl {name}", args=args), overrides)
+
+
+def _refuse_unknown(name: str, arguments: type, args: list[str]) -> None:
+    known = {f.name for f in fields(arguments)} | {"help"}
+    for arg in args:
+        key = arg.partition("=")[0].removeprefix("--").replace("-", "_")
+        if arg.startswith("--") and key.removeprefix("no_") not in known:
+            raise ConfigError(f"flowrl {name} has no {arg}{nearest(key, known)}")
 
 
 def _help(name: str, arguments: type, args: list[str]) -> None:
     """The command's own arguments and every setting, with the recipe's values as defaults."""
-    recipe = next((a for a in args if not a.startswith("-")), DEFAULT_RECIPE)
+    rest, _ = split_overrides(args)
+    recipe = next((a for a in rest if not a.startswith("-")), DEFAULT_RECIPE)
 
     @dataclass(frozen=True)
     class WithSettings(arguments):

@@ -4,7 +4,7 @@ Imports no torch, so that a bad setting fails before anything heavy is loaded. E
 checks itself in `__post_init__`. The resolved config is written to the run directory as
 `config.toml` and is enough to start the same run again.
 
-    config = load("countdown_cpu", {"objective": {"name": "vargrad"}, "seed": 1})
+Recipes, overrides and TOML: flowrl/settings.py.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from flowrl.schema import ConfigError, build, nearest, read_toml, require, toml_text
-
-RECIPES_DIR = Path(__file__).parent / "recipes"
+from flowrl.schema import ConfigError, build, require
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,9 @@ class BaseConfig:
     """Seed of initialisation and examples."""
 
     def __post_init__(self) -> None:
+        for name in ("num_layers", "num_heads", "num_kv_heads", "intermediate_size",
+                     "pretrain_steps", "pretrain_rows", "hidden_size"):  # fmt: skip
+            _positive("base", name, getattr(self, name))
         require(
             self.hidden_size % (2 * self.num_heads) == 0,
             f"base.hidden_size must be a multiple of 2 * base.num_heads, got {self.hidden_size} "
@@ -74,8 +75,6 @@ class BaseConfig:
             f"base.num_kv_heads must divide base.num_heads, got {self.num_kv_heads} and "
             f"{self.num_heads}; set base.num_kv_heads={self.num_heads}",
         )
-        for name in ("num_layers", "intermediate_size", "pretrain_steps", "pretrain_rows"):
-            _positive("base", name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class ModelConfig:
     backend: Literal["hf"] = "hf"
     """Training backend."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the policy's weights and of the reference's."""
+    """Dtype of matrix products, reference and sampler; trained weights are always float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device. auto: cuda where torch sees one."""
     gradient_checkpointing: bool = False
@@ -187,7 +186,7 @@ class BatchConfig:
 @dataclass(frozen=True)
 class ObjectiveConfig:
     name: str = "flowrl"
-    """Objective; `flowrl train --help` lists them."""
+    """Objective: flowrl, tb, vargrad, rloo, rloo_kl or grpo. Its options: --objective.KEY."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the objective; its own Options dataclass checks them."""
 
@@ -208,10 +207,11 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
-        require(self.lr >= 0, f"optimizer.lr must be >= 0, got {self.lr}; set optimizer.lr=1e-6")
+        for name in ("lr", "grad_clip", "weight_decay", "eps", "warmup_updates"):
+            _at_least("optimizer", name, getattr(self, name), 0)
         require(
-            self.grad_clip >= 0,
-            f"optimizer.grad_clip must be >= 0, got {self.grad_clip}; set optimizer.grad_clip=1.0",
+            all(0 <= beta < 1 for beta in self.betas),
+            f"optimizer.betas must be in [0, 1), got {self.betas}; set optimizer.betas=[0.9,0.99]",
         )
 
 
@@ -224,6 +224,7 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         _positive("trainer", "steps", self.steps)
+        _at_least("trainer", "max_skipped_updates", self.max_skipped_updates, 0)
 
 
 @dataclass(frozen=True)
@@ -233,18 +234,21 @@ class EvalConfig:
     num_prompts: int = 64
     """Held-out problems per evaluation; 0: no evaluation."""
     samples: int = 16
-    """Samples per problem, k of avg@k and pass@k."""
+    """Samples per problem, n of avg@n; pass@k is reported for k of 4, 16 and 64 up to n."""
     temperature: float = 0.6
     """Temperature of evaluation (the paper: 0.6)."""
     top_p: float = 0.95
     """Nucleus of evaluation (the paper: 0.95)."""
-    target_beta: float = 3.0
-    """Inverse temperature of the exact target pi_ref exp(beta r)/Z, where it can be enumerated."""
+    target_beta: float | None = None
+    """Inverse temperature of the exact target pi_ref exp(beta r)/Z, where it can be enumerated.
+    Unset: the objective's own beta, or 3 where it has no such target."""
     exact_prompts: int = 64
     """Prompts over which the distance to the exact target is averaged."""
 
     def __post_init__(self) -> None:
         _positive("eval", "samples", self.samples)
+        for name in ("every", "num_prompts", "exact_prompts"):
+            _at_least("eval", name, getattr(self, name), 0)
         require(
             self.temperature > 0,
             f"eval.temperature must be > 0, got {self.temperature}; set eval.temperature=0.6",
@@ -261,6 +265,13 @@ class RewardConfig:
     timeout_s: float = 10.0
     """Time limit of one call of a user's scorer, in seconds; its process is killed past it."""
 
+    def __post_init__(self) -> None:
+        _at_least("reward", "max_error_rate", self.max_error_rate, 0)
+        require(
+            self.timeout_s > 0,
+            f"reward.timeout_s must be > 0, got {self.timeout_s}; set reward.timeout_s=10",
+        )
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
@@ -271,6 +282,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         _positive("checkpoint", "keep_last", self.keep_last)
+        _at_least("checkpoint", "every", self.every, 0)
 
 
 @dataclass(frozen=True)
@@ -279,6 +291,9 @@ class KernelsConfig:
     """Backend of the fused operators: auto, or one that `flowrl doctor` lists as available."""
     max_logits_mb: int = 0
     """Largest logits chunk alive at a time, in MiB. 0: 256 on CPU, 3072 on CUDA."""
+
+    def __post_init__(self) -> None:
+        _at_least("kernels", "max_logits_mb", self.max_logits_mb, 0)
 
 
 @dataclass(frozen=True)
@@ -302,94 +317,32 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
 
+    def __post_init__(self) -> None:
+        longest = self.rollout.max_prompt_tokens + self.rollout.max_new_tokens - 1
+        require(
+            self.batch.tokens_per_microbatch >= longest,
+            "batch.tokens_per_microbatch must hold the longest sequence that rollout.* allows, got "
+            f"{self.batch.tokens_per_microbatch} and {longest}; "
+            f"set batch.tokens_per_microbatch={longest}",
+        )
+        require(
+            self.rollout.engine != "replay" or not self.eval.num_prompts,
+            "a replay has no answers to evaluation problems, got rollout.engine=replay and "
+            f"eval.num_prompts={self.eval.num_prompts}; set eval.num_prompts=0",
+        )
+
     @property
     def run_dir(self) -> Path:
         return Path(self.run.dir or f"runs/{self.recipe}")
 
 
 def _positive(section: str, name: str, value: int) -> None:
-    require(value >= 1, f"{section}.{name} must be >= 1, got {value}; set {section}.{name}=1")
+    _at_least(section, name, value, 1)
 
 
-def recipe_names() -> list[str]:
-    return sorted(p.stem for p in RECIPES_DIR.glob("*.toml"))
-
-
-def recipe_path(name: str) -> Path:
-    """A shipped recipe's name, or the path of a TOML file."""
-    if name.endswith(".toml"):
-        path = Path(name)
-        require(
-            path.is_file(),
-            f"recipe file not found: {name}; shipped ones: {', '.join(recipe_names())}",
-        )
-        return path
-    path = RECIPES_DIR / f"{name}.toml"
-    if not path.is_file():
-        raise ConfigError(f"no recipe called {name!r}{nearest(name, recipe_names())}")
-    return path
-
-
-def load(recipe: str, overrides: Mapping[str, Any] | None = None) -> Config:
-    """The recipe's settings with `overrides` (nested by section) on top, checked.
-
-    Raises ConfigError for an unknown key (naming the nearest), a wrong type or an impossible value.
-    """
-    path = recipe_path(recipe)
-    return from_mapping(merge({"recipe": path.stem, **read_toml(path)}, overrides or {}))
-
-
-def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`overrides` on top of `base`, section by section. A new objective or task name drops the
-    options that `base` gave the old one (tables such as [objective.vargrad] stay)."""
-    merged = dict(base)
-    for key, value in overrides.items():
-        old = merged.get(key)
-        if not (isinstance(value, Mapping) and isinstance(old, Mapping)):
-            merged[key] = value
-            continue
-        if key in ("objective", "task") and value.get("name", old.get("name")) != old.get("name"):
-            old = {k: v for k, v in old.items() if isinstance(v, Mapping) and k != "options"}
-        merged[key] = merge(old, value)
-    return merged
-
-
-def from_mapping(data: Mapping[str, Any]) -> Config:
-    """A checked Config from nested mappings, as TOML or overrides give them."""
-    sections = dict(data)
-    for key in ("objective", "task"):
-        if isinstance(sections.get(key), Mapping):
-            default = Config.__dataclass_fields__[key].default_factory().name  # type: ignore[misc]
-            sections[key] = _named_options(sections[key], default)
-    return build(Config, sections, "")
-
-
-def to_mapping(config: Config) -> dict[str, Any]:
-    """Nested plain values without None; `from_mapping` reads it back to an equal Config."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {k: plain(v) for k, v in value.items() if v is not None}
-        return [plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-    return plain(dataclasses.asdict(config))
-
-
-def _named_options(section: Mapping[str, Any], default_name: str) -> dict[str, Any]:
-    """{name, beta, vargrad = {...}} -> {name, options}: flat keys and the chosen name's table."""
-    name = section.get("name", default_name)
-    chosen = section.get(name, {})
-    flat = {
-        k: v
-        for k, v in section.items()
-        if k not in ("name", "options") and not isinstance(v, Mapping)
-    }
-    return {"name": name, "options": {**section.get("options", {}), **chosen, **flat}}
-
-
-def to_toml(config: Config) -> str:
-    """The resolved config as TOML text."""
-    return toml_text(to_mapping(config))
+def _at_least(section: str, name: str, value: float, low: float) -> None:
+    dotted = f"{section}.{name}"
+    require(value >= low, f"{dotted} must be >= {low}, got {value}; set {dotted}={low}")
 
 
 def build_options(cls: type, options: Mapping[str, Any], where: str) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 from flowrl.config import Config
 from flowrl.data.packing import pack, plan_microbatches
 from flowrl.data.prompts import encode_prompts
-from flowrl.metrics import distances, exact_target, pass_at_k, segment_sum
+from flowrl.metrics import distances, error_rate, exact_target, pass_at_k, segment_sum
 from flowrl.models import Backend
 from flowrl.parallel import Parallel
 from flowrl.records import Prompt, Rollout, SampleRequest, Score
@@ -40,6 +40,8 @@ class Evaluator:
         self.tokenizer = tokenizer
         self.parallel = parallel
         self.problems = self._prompts(config.eval.num_prompts)
+        assert config.eval.target_beta is not None, "assembly.resolve fills it"
+        self.target_beta = config.eval.target_beta
         self._reference: dict[int, list[float]] = {}  # by prompt: the reference never changes
 
     def run(self, sampler: Sampler, backend: Backend | None) -> Evaluation:
@@ -49,17 +51,21 @@ class Evaluator:
         scores = [s for _, scores in shares for s in scores]
         problems = self._problems(rollouts, scores)
         metrics = self._sampled_metrics(problems, rollouts)
+        metrics[f"eval/{self.task.name}/error_rate"] = self._error_rate(scores)
         exact = self._exact(backend) if backend is not None else []
         if exact:
             metrics |= _mean([row["distances"] for row in exact])
         detail = {
             "set": self.task.name,
             "problems": [{k: v for k, v in p.items() if k != "correct"} for p in problems],
-            "exact": {"beta": self.config.eval.target_beta, "prompts": _kept(exact)}
-            if exact
-            else None,
+            "exact": {"beta": self.target_beta, "prompts": _kept(exact)} if exact else None,
         }
         return Evaluation(metrics, detail, rollouts, scores)
+
+    def _error_rate(self, scores: Sequence[Score]) -> float:
+        """Share of answers whose scorer failed. Raises ScorerError past reward.max_error_rate."""
+        errors = [s.error for s in scores if s.error]
+        return error_rate(len(errors), len(scores), errors, self.config.reward.max_error_rate)
 
     def _prompts(self, count: int) -> list[Prompt]:
         count = min(count, self.task.num_prompts("eval"))
@@ -149,7 +155,7 @@ class Evaluator:
         reference = self._reference[prompt.index]
         policy = self._probabilities(rollouts, backend, reference=False)
         rewards = [o.reward for o in outcomes]
-        target = exact_target(reference, rewards, self.config.eval.target_beta)
+        target = exact_target(reference, rewards, self.target_beta)
         found = distances(policy, target)
         return {
             "index": prompt.index,

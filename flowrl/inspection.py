@@ -97,7 +97,7 @@ def _groups(rows: Sequence[Row], prompt_index: int | None, where: str) -> dict[i
     if prompt_index not in groups:
         raise ConfigError(
             f"{where} has no prompt {prompt_index}; it has {_ranges(sorted(groups))}: choose with "
-            "--prompt-index"
+            "--prompt"
         )
     return {prompt_index: groups[prompt_index]}
 

@@ -25,13 +25,18 @@ class Logger(Protocol):
 
 
 def build_loggers(names: Sequence[str], run_dir: Path) -> list[Logger]:
-    """The loggers called `names`, in order. Raises ConfigError for an unknown name or for a missing
-    package (with the command that installs it), before any of them is opened."""
+    """The loggers called `names`, in order. Raises as check_loggers does, before one is opened."""
+    check_loggers(names)
+    return [_LOGGERS[name](run_dir) for name in dict.fromkeys(names)]
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Raises ConfigError for an unknown name or for a missing package (with the command that
+    installs it)."""
     for name in names:
         if name not in _LOGGERS:
             raise ConfigError(f"no logger called {name!r}{nearest(name, _LOGGERS)}")
         _import(name)
-    return [_LOGGERS[name](run_dir) for name in dict.fromkeys(names)]
 
 
 class TensorBoardLogger:

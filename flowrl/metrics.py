@@ -21,6 +21,22 @@ import torch
 from torch import Tensor
 
 from flowrl.records import LossBatch
+from flowrl.schema import ConfigError
+
+
+class ScorerError(RuntimeError):
+    """The scorer fails too often for its rewards to mean anything."""
+
+
+def error_rate(num_errors: float, num_answers: float, errors: Sequence[str], limit: float) -> float:
+    """Share of answers whose scorer failed. Raises ScorerError past `limit`, quoting the first."""
+    rate = num_errors / num_answers
+    if rate > limit:
+        raise ScorerError(
+            f"the scorer failed on {rate:.1%} of the answers, the limit is {limit:.1%} (first: "
+            f"{errors[0] if errors else 'on another rank'}); mend it or raise reward.max_error_rate"
+        )
+    return rate
 
 
 class JsonLines:
@@ -28,11 +44,10 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.file = path.open("ab")
+        self.file = path.open("ab", buffering=0)
 
     def write(self, row: Mapping[str, Any]) -> None:
         self.file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        self.file.flush()
 
     def sync(self) -> int:
         """Puts what was written on the disk; returns the length in bytes."""
@@ -40,6 +55,12 @@ class JsonLines:
         return self.file.tell()
 
     def cut(self, length: int) -> None:
+        size = self.path.stat().st_size
+        if size < length:
+            raise ConfigError(
+                f"{self.path} has {size} bytes and the checkpoint was written at {length}; put the "
+                "file back, or start a new run with --run.dir DIR"
+            )
         self.file.truncate(length)
         self.file.seek(0, os.SEEK_END)
 

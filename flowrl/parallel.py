@@ -8,9 +8,10 @@ Without torchrun there is one process and every collective returns its argument.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,21 @@ class Parallel:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def agree(self, action: Callable[[], Value]) -> Value:
+        """The action's result; what it raised on any rank is raised on all, so that none waits for
+        one that has gone. Every rank calls it."""
+        if self.world_size == 1:
+            return action()
+        value, error = None, None
+        try:
+            value = action()
+        except (ValueError, RuntimeError, OSError) as raised:
+            error = raised
+        first = next((e for e in self.gather(error) if e is not None), None)
+        if first is not None:
+            raise first
+        return cast(Value, value)
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
@@ -77,7 +93,7 @@ def start(device: str) -> Parallel:
         torch.cuda.set_device(local_rank)
     chosen = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=TIMEOUT)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=TIMEOUT)
     return Parallel(int(os.environ.get("RANK", 0)), world_size, chosen)
 
 

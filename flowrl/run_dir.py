@@ -20,14 +20,15 @@ import torch
 
 import flowrl
 from flowrl import checkpoint
-from flowrl.config import Config, from_mapping, to_toml
+from flowrl.config import Config
 from flowrl.evaluation import Evaluation
 from flowrl.metrics import JsonLines
 from flowrl.models import Backend
 from flowrl.parallel import Parallel
 from flowrl.records import Rollout, Score
-from flowrl.run_reader import check_run_dir
+from flowrl.run_reader import check_run_dir, read_run
 from flowrl.schema import ConfigError, read_toml
+from flowrl.settings import from_mapping, to_toml
 from flowrl.trainer import NonFiniteLossError, StepResult
 
 
@@ -46,19 +47,30 @@ class RunDir:
     @classmethod
     def create(cls, config: Config, kernel_backend: str, parallel: Parallel) -> RunDir:
         """Raises ConfigError if the directory exists and is not empty."""
-        path = config.run_dir
-        if parallel.is_main and path.exists() and any(path.iterdir()):
-            raise ConfigError(
-                f"run directory {path} exists; continue it with --resume, or choose another with "
-                "--run.dir DIR"
-            )
-        parallel.barrier()
-        run = cls(path, parallel)
-        if parallel.is_main:
-            (path / "config.toml").write_text(to_toml(config))
-            environment = describe_environment(config, kernel_backend, parallel)
-            (path / "env.json").write_text(json.dumps(environment, indent=1) + "\n")
-        return run
+        parallel.agree(lambda: check_free(config.run_dir) if parallel.is_main else None)
+        environment = describe_environment(config, kernel_backend, parallel)
+        return cls._open(config, environment, parallel)
+
+    @classmethod
+    def reopen(cls, config: Config, kernel_backend: str, parallel: Parallel) -> RunDir:
+        """An existing run, with what this resume changes written down."""
+        environment = read_run(config.run_dir).environment
+        now = describe_environment(config, kernel_backend, parallel)
+        environment.setdefault("resumes", []).append(now)
+        return cls._open(config, environment, parallel)
+
+    @classmethod
+    def _open(cls, config: Config, environment: dict[str, Any], parallel: Parallel) -> RunDir:
+        def write() -> None:
+            if parallel.is_main:
+                config.run_dir.mkdir(parents=True, exist_ok=True)
+                # First, and whole: without it a directory is no run.
+                _write_whole(config.run_dir / "config.toml", to_toml(config))
+                text = json.dumps(environment, indent=1) + "\n"
+                _write_whole(config.run_dir / "env.json", text)
+
+        parallel.agree(write)
+        return parallel.agree(lambda: cls(config.run_dir, parallel))
 
     # --- writing
 
@@ -66,12 +78,19 @@ class RunDir:
         self, step: int, result: StepResult, timing: Mapping[str, float], full: bool
     ) -> None:
         rows = self._gather_samples(step, result.rollouts, result.scores, result.rows, full)
-        if self.parallel.is_main:
-            self.metrics.write({"kind": "train", "step": step, **result.metrics})
-            self.timing.write({"kind": "train", "step": step, **timing})
-            _write_lines(self.path / "samples" / f"step_{step:06d}.jsonl", rows)
+
+        def write() -> None:
+            if self.parallel.is_main:
+                self.metrics.write({"kind": "train", "step": step, **result.metrics})
+                self.timing.write({"kind": "train", "step": step, **timing})
+                _write_lines(self.path / "samples" / f"step_{step:06d}.jsonl", rows)
+
+        self.parallel.agree(write)
 
     def write_eval(self, step: int, evaluation: Evaluation) -> None:
+        self.parallel.agree(lambda: self._write_eval(step, evaluation))
+
+    def _write_eval(self, step: int, evaluation: Evaluation) -> None:
         if not self.parallel.is_main:
             return
         self.metrics.write({"kind": "eval", "step": step, **evaluation.metrics})
@@ -112,14 +131,22 @@ class RunDir:
 
     def lengths(self) -> dict[str, int]:
         """Bytes on the disk of the files that a resume cuts back to this point."""
-        if not self.parallel.is_main:
-            return {}
-        return {"metrics.jsonl": self.metrics.sync(), "timing.jsonl": self.timing.sync()}
+
+        def sync() -> dict[str, int]:
+            if not self.parallel.is_main:
+                return {}
+            return {"metrics.jsonl": self.metrics.sync(), "timing.jsonl": self.timing.sync()}
+
+        return self.parallel.agree(sync)
 
     def cut_back(self, step: int, lengths: Mapping[str, int]) -> None:
         """Drops all that was written after the checkpoint of `step`."""
+        self.parallel.agree(lambda: self._cut_back(step, lengths))
+
+    def _cut_back(self, step: int, lengths: Mapping[str, int]) -> None:
         if not self.parallel.is_main:
             return
+        checkpoint.drop_newer(self.path, step)
         self.metrics.cut(lengths["metrics.jsonl"])
         self.timing.cut(lengths["timing.jsonl"])
         for path in [*self.path.glob("samples/*_*.jsonl"), *self.path.glob("evals/step_*.json")]:
@@ -136,6 +163,21 @@ def read_config(path: Path) -> Config:
     """The config of an existing run. Raises ConfigError where there is none."""
     check_run_dir(path)
     return from_mapping(read_toml(path / "config.toml"))
+
+
+def check_free(path: Path) -> None:
+    """Raises ConfigError unless a new run may be written to `path`."""
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"run directory {path} is a file; choose another with --run.dir DIR")
+    if (path / "config.toml").is_file():
+        raise ConfigError(
+            f"run directory {path} exists; continue it with --resume, or choose another with "
+            "--run.dir DIR"
+        )
+    if path.exists() and any(path.iterdir()):
+        raise ConfigError(
+            f"directory {path} is not empty and holds no run; choose another with --run.dir DIR"
+        )
 
 
 def restore_newest(path: Path, backend: Backend) -> int:
@@ -198,9 +240,11 @@ def _sample_row(step: int, rollout: Rollout, score: Score, *, full: bool) -> dic
 
 
 def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    _write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _write_whole(path: Path, text: str) -> None:
     """Written aside and renamed: a reader never sees half a file."""
     aside = path.with_suffix(".partial")
-    with aside.open("w") as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")
+    aside.write_text(text)
     aside.rename(path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ class Trainer:
     backend: Backend
     objective: Objective
     watch: measure.Stopwatch
-    skipped_in_a_row: int = field(default=0)
+    skipped_in_a_row: int = 0
 
     def step(self, number: int) -> StepResult:
         """Step `number` (1, 2, ...). A function of the weights, the config and the number."""
@@ -93,16 +93,16 @@ class Trainer:
         packed = pack(rollouts)
         batch = self._loss_batch(rollouts, scores, packed)
         with self.watch("logprob"):
-            batch = self._add_logprobs(packed, batch)
+            batch, trainer_logprobs = self._add_logprobs(packed, batch)
         batch = self.objective.prepare(batch, self.parallel.all_reduce)
         parts = self._split(packed, batch, list(zip(rollouts, scores, strict=True)))
         with self.watch("train"):
             for index, part in enumerate(parts):
-                self._add_group_log_z(part, is_first=index == 0)
+                self._add_group_log_z(part, trainer_logprobs if index == 0 else None)
                 self._update(part)
         with self.watch("sync"):
             self.sampler.load_weights(self.backend.named_weights(), self.backend.policy_version)
-        return self._summary(rollouts, scores, batch, parts)
+        return self._summary(rollouts, scores, batch, parts, trainer_logprobs)
 
     # --- before the update
 
@@ -135,14 +135,8 @@ class Trainer:
         scores = self.task.score(rollouts)
         errors = [s.error for s in scores if s.error]
         totals = self.parallel.all_reduce(torch.tensor([len(errors), len(scores)]).double())
-        rate = float(totals[0] / totals[1])
-        if rate > self.config.reward.max_error_rate:
-            first = next(iter(e for share in self.parallel.gather(errors) for e in share))
-            raise TrainingError(
-                f"the scorer failed on {rate:.1%} of the step's answers, the limit is "
-                f"{self.config.reward.max_error_rate:.1%} (first: {first}); mend the scorer or "
-                "raise reward.max_error_rate"
-            )
+        limit = self.config.reward.max_error_rate
+        measure.error_rate(float(totals[0]), float(totals[1]), errors, limit)
         return scores
 
     def _loss_batch(
@@ -159,23 +153,29 @@ class Trainer:
 
     @property
     def needs_old_pass(self) -> bool:
-        """On-policy the old policy is the current one, and its pass may be skipped (DESIGN)."""
-        return self.config.rollout.old_logprobs == "trainer" and (
+        """On-policy the old policy is the current one, and its pass may be skipped (DESIGN). With
+        the sampler's log-probs as old ones it only measures the mismatch."""
+        return (
             self.config.batch.updates_per_step > 1
             or self.objective.coupling == "group"
             or "old_pass" in self.objective.needs
         )
 
-    def _add_logprobs(self, packed: PackedBatch, batch: LossBatch) -> LossBatch:
-        if self.config.rollout.old_logprobs == "rollout":
-            batch = batch.replace(old_logprobs=batch.rollout_logprobs)
-        elif self.needs_old_pass:
-            old, entropy = self._logprobs(packed, entropy=True)
-            batch = batch.replace(old_logprobs=old, entropy=entropy)
+    def _add_logprobs(
+        self, packed: PackedBatch, batch: LossBatch
+    ) -> tuple[LossBatch, Tensor | None]:
+        """The batch with old and reference log-probs, and the trainer's own before the first update
+        (T,), None where the first update's loss will tell them."""
+        own = None
+        if self.needs_old_pass:
+            own, entropy = self._logprobs(packed, entropy=True)
+            batch = batch.replace(entropy=entropy)
+        use_rollout = self.config.rollout.old_logprobs == "rollout"
+        batch = batch.replace(old_logprobs=batch.rollout_logprobs if use_rollout else own)
         if "ref" in self.objective.needs:
             reference, _ = self._logprobs(packed, reference=True)
             batch = batch.replace(ref_logprobs=reference)
-        return batch
+        return batch, own
 
     def _logprobs(
         self, packed: PackedBatch, *, reference: bool = False, entropy: bool = False
@@ -203,15 +203,17 @@ class Trainer:
             parts.append(Part(mine, packed.select(indices), loss.replace(totals=totals)))
         return parts
 
-    def _add_group_log_z(self, part: Part, *, is_first: bool) -> None:
-        """The group's statistic at the current policy: the old pass, until the first update."""
+    def _add_group_log_z(self, part: Part, step_logprobs: Tensor | None) -> None:
+        """The group's statistic at the current policy. Until the first update that is the policy of
+        `step_logprobs` (all T of the step, of which the first part's come first)."""
         if self.objective.coupling != "group":
             return
-        current = part.loss.old_logprobs
-        if not is_first or self.config.rollout.old_logprobs == "rollout":
+        if step_logprobs is None:
             current, _ = self._logprobs(part.packed)
-        statistic = self.objective.group_statistic(part.loss.replace(logprobs=current))
-        part.loss = part.loss.replace(group_log_z=statistic)
+        else:
+            current = step_logprobs[: int(part.loss.cu_seqlens[-1])]
+        batch = part.loss.replace(logprobs=current).to(self.parallel.device)
+        part.loss = part.loss.replace(group_log_z=self.objective.group_statistic(batch).cpu())
 
     # --- the update
 
@@ -257,12 +259,19 @@ class Trainer:
         scores: list[Score],
         batch: LossBatch,
         parts: Sequence[Part],
+        trainer_logprobs: Tensor | None,
     ) -> StepResult:
         outputs = [part.output for part in parts if part.output is not None]
         updates = [part.update for part in parts if part.update is not None]
         names = outputs[0].metrics
         rows = {name: torch.cat([o.metrics[name] for o in outputs]) for name in names}
-        whole = self._gathered(rollouts, scores, batch, rows, outputs)
+        if trainer_logprobs is None:
+            trainer_logprobs = torch.cat([o.logprobs for o in outputs])
+        entropy = batch.entropy
+        if entropy is None:
+            entropy = torch.cat([o.entropy for o in outputs if o.entropy is not None])
+        batch = batch.replace(logprobs=trainer_logprobs, entropy=entropy)
+        whole = self._gathered(scores, batch, rows)
         metrics = measure.reward_metrics(whole["reward"], self.config.batch.group_size)
         metrics["reward/error_rate"] = float(whole["error"].double().mean())
         metrics["diversity/distinct_solutions"] = self._distinct_solutions(rollouts, scores)
@@ -275,32 +284,23 @@ class Trainer:
         return StepResult(metrics, rollouts, scores, rows, int(whole["length"].sum()))
 
     def _gathered(
-        self,
-        rollouts: Sequence[Rollout],
-        scores: Sequence[Score],
-        batch: LossBatch,
-        rows: dict[str, Tensor],
-        outputs: Sequence[LossOutput],
+        self, scores: Sequence[Score], batch: LossBatch, rows: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Per-sequence numbers of all ranks, in prompt order."""
-        trainer = batch.old_logprobs
-        if trainer is None or self.config.rollout.old_logprobs == "rollout":
-            trainer = torch.cat([o.logprobs for o in outputs])
+        assert batch.logprobs is not None
+        assert batch.entropy is not None
         mine = {
             "group_id": batch.group_ids,
             "reward": batch.rewards,
             "error": torch.tensor([s.error is not None for s in scores]),
             "length": batch.lengths,
             "truncated": batch.truncated,
-            **measure.mismatch_rows(batch, trainer),
+            "entropy": measure.segment_sum(batch.entropy, batch.cu_seqlens),
+            **measure.mismatch_rows(batch, batch.logprobs),
             **rows,
         }
-        entropy = batch.entropy
-        if entropy is None:
-            entropy = torch.cat([o.entropy for o in outputs if o.entropy is not None])
-        mine["entropy"] = measure.segment_sum(entropy, batch.cu_seqlens)
         if batch.ref_logprobs is not None:
-            log_ratio = torch.where(batch.mask, trainer - batch.ref_logprobs, 0.0)
+            log_ratio = torch.where(batch.mask, batch.logprobs - batch.ref_logprobs, 0.0)
             mine["kl_ref"] = measure.segment_sum(log_ratio, batch.cu_seqlens)
         shares = self.parallel.gather(mine)
         whole = {name: torch.cat([share[name] for share in shares]) for name in mine}

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from flowrl.assembly import resolve
-from flowrl.config import Config, load, merge
+from flowrl.config import Config
 from flowrl.models.base_model import build_base
+from flowrl.settings import load, merge
 from flowrl.tasks import build_task
 
 TINY = {

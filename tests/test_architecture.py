@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SIBLINGS = ("data", "tasks", "rollout", "objectives", "models")
-BASE = {"schema", "config", "records", "parallel", "metrics", "weights"}
+BASE = {"schema", "config", "settings", "records", "parallel", "metrics", "weights"}
 HEAVY = {  # package -> the only modules that may import it
     "vllm": {"flowrl/rollout/vllm_sampler.py"},
     "megatron": {"flowrl/models/megatron_"},
@@ -105,7 +105,9 @@ def test_no_import_cycles():
         visit(node, ())
 
 
-@pytest.mark.parametrize("module", ["flowrl.config", "flowrl.cli", "flowrl.overrides"])
+@pytest.mark.parametrize(
+    "module", ["flowrl.config", "flowrl.settings", "flowrl.cli", "flowrl.overrides"]
+)
 def test_config_and_cli_import_no_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -43,16 +43,38 @@ def flip(path):
 def test_a_corrupt_checkpoint_is_passed_over_and_named(tmp_path, damage, name):
     write(tmp_path, 1)
     newest = write(tmp_path, 2)
-    if (damage, name) == (flip, "manifest.json"):
-        (newest / name).write_text("{")
-    else:
-        damage(newest / name)
+    damage(newest / name)
     said = []
     found = checkpoint.newest_valid(tmp_path, said.append)
     assert found is not None
     assert found.step == 1
     assert len(said) == 1
     assert "step_000002 is corrupt" in said[0]
+
+
+def test_every_flipped_bit_of_a_manifest_is_seen(tmp_path):
+    manifest = write(tmp_path, 1) / "manifest.json"
+    whole = manifest.read_bytes()
+    for position in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[position // 8] ^= 1 << position % 8
+        manifest.write_bytes(bytes(damaged))
+        same = damaged.split() == whole.split()  # only the white space differs
+        assert same or checkpoint.find_problem(manifest.parent), position
+    for text in ("{}", "[]", "null"):
+        manifest.write_text(text)
+        assert checkpoint.find_problem(manifest.parent)
+
+
+def test_a_corrupt_newer_checkpoint_is_dropped_and_never_outlives_a_new_one(tmp_path):
+    for step in (1, 150, 200):
+        write(tmp_path, step)
+    checkpoint.drop_newer(tmp_path, 1)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
+    for step in (150, 200):
+        write(tmp_path, step, keep_last=3)
+    newest = write(tmp_path, 50, keep_last=1)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [newest.name]
 
 
 def test_nothing_valid_is_none(tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flowrl.cli import main
-from flowrl.config import merge
+from flowrl.settings import merge
 
 
 def fail(capsys, *args):

@@ -4,8 +4,9 @@ import tomllib
 
 import pytest
 
-from flowrl.config import Config, ConfigError, from_mapping, load, recipe_names, to_toml
+from flowrl.config import Config, ConfigError
 from flowrl.overrides import split_overrides
+from flowrl.settings import from_mapping, load, recipe_names, to_toml
 
 
 def from_args(*args: str, recipe: str = "countdown_cpu") -> Config:
@@ -94,3 +95,30 @@ def test_broken_toml_names_the_file(tmp_path):
     path.write_text("[batch\n")
     with pytest.raises(ConfigError, match=r"mine.toml is not valid TOML"):
         load(str(path))
+
+
+def test_options_written_either_way_reach_the_objective():
+    config = from_args("--objective.options.beta", "15", "--task.options.num_numbers", "3")
+    assert config.objective.options["beta"] == 15
+    assert config.task.options["num_numbers"] == 3
+    assert config.task.options["target_high"] == 50
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--objective.vargardd.beta", "9"], "unknown setting objective.vargardd"),
+        (["--task.options", "3"], "task.options must be a table"),
+        (["--batch.tokens_per_microbatch", "8"], "set batch.tokens_per_microbatch=47"),
+        (["--reward.max_error_rate", "-1"], "reward.max_error_rate must be >= 0"),
+        (["--optimizer.betas", "0.9", "1.5"], "optimizer.betas must be in"),
+        (["--optimizer.warmup_updates", "-4"], "optimizer.warmup_updates must be >= 0"),
+        (["--base.num_heads", "0"], "base.num_heads must be >= 1"),
+        (["--base.num_kv_heads", "0"], "base.num_kv_heads must be >= 1"),
+        (["--eval.num_prompts", "-1"], "eval.num_prompts must be >= 0"),
+        (["--rollout.engine", "replay", "--rollout.replay_dir", "x"], "set eval.num_prompts=0"),
+    ],
+)
+def test_settings_that_cannot_work_together_are_refused(args, message):
+    with pytest.raises(ConfigError, match=message):
+        from_args(*args)

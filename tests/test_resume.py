@@ -13,7 +13,8 @@ from arguments import as_args
 from flowrl.checkpoint import Checkpoint
 from flowrl.cli import main
 from flowrl.commands.train import _check_resumable, resumed_config
-from flowrl.config import ConfigError, load, merge
+from flowrl.config import ConfigError
+from flowrl.settings import load, merge
 
 STEPS = 8
 

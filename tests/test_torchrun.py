@@ -11,7 +11,7 @@ import pytest
 from arguments import as_args
 
 from flowrl.cli import main
-from flowrl.config import merge
+from flowrl.settings import merge
 
 STEPS = 3
 

@@ -85,6 +85,7 @@ def examine() -> Iterator[Finding]:
     yield transformers_finding()
     yield device_finding()
     yield kernels_finding()
+    yield native_finding()
     yield from program_findings()
 
 
@@ -168,6 +169,20 @@ def kernels_finding() -> Finding:
     except (ImportError, OSError) as error:
         return Finding("kernels", "missing", str(error), purpose, "pip install -e .", needed=True)
     return Finding("kernels", "ok", ", ".join(backends.available()), purpose, needed=True)
+
+
+def native_finding() -> Finding:
+    """The compiled operators; the backend torch does the same without them."""
+    purpose = "the fused operators on a CPU, faster"
+    try:
+        from flowrl_kernels import native_library
+    except (ImportError, OSError) as error:
+        return Finding("native library", "missing", str(error), purpose, "make install")
+    if native_library.PROBLEM is not None:
+        found = native_library.PROBLEM
+        state = "wrong" if native_library.LIBRARY.exists() else "missing"
+        return Finding("native library", state, found, purpose, native_library.BUILD)
+    return Finding("native library", "ok", f"CPU: {native_library.level()}", purpose)
 
 
 def program_findings() -> Iterator[Finding]:

@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from flowrl import assembly
-from flowrl.config import Config, to_toml
+from flowrl.config import Config
 from flowrl.models import base_model, hf_files
 from flowrl.parallel import Parallel
 from flowrl.schema import ConfigError
+from flowrl.settings import to_toml
 from flowrl.tasks import build_task
 from flowrl.trainer import check_layout
 

@@ -13,6 +13,7 @@ from flowrl import assembly, parallel
 from flowrl.config import Config, EvalConfig
 from flowrl.evaluation import Evaluator
 from flowrl.run_dir import read_config, restore_newest
+from flowrl.schema import ConfigError
 
 
 def run(run_dir: Path, model: str, options: EvalConfig, out: str) -> None:
@@ -24,6 +25,11 @@ def run(run_dir: Path, model: str, options: EvalConfig, out: str) -> None:
     step = None if model else restore_newest(run_dir, parts.backend)
     parts.sampler.load_weights(parts.backend.named_weights(), parts.backend.policy_version)
     evaluator = Evaluator(config, parts.task, parts.tokenizer, ranks)
+    if not evaluator.problems:
+        raise ConfigError(
+            f"{config.task.name} has no held-out problems with these settings; give --num_prompts, "
+            "or let the task hold some out"
+        )
     found = evaluator.run(parts.sampler, None if model else parts.backend).metrics
     parts.close()
     if ranks.is_main:
@@ -45,10 +51,15 @@ def run(run_dir: Path, model: str, options: EvalConfig, out: str) -> None:
 
 
 def _config(recorded: Config, model: str, options: EvalConfig) -> Config:
-    num_prompts = options.num_prompts or recorded.eval.num_prompts
     changed = dataclasses.replace(
         recorded,
-        eval=dataclasses.replace(options, num_prompts=num_prompts),
+        eval=dataclasses.replace(
+            recorded.eval,
+            samples=options.samples,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            num_prompts=options.num_prompts or recorded.eval.num_prompts,
+        ),
         rollout=dataclasses.replace(recorded.rollout, engine="hf", replay_dir=""),
         model=dataclasses.replace(recorded.model, path=model or recorded.model.path),
     )

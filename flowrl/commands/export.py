@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from flowrl import assembly, parallel
+from flowrl.models.hf_files import check_export_dir
 from flowrl.run_dir import read_config, restore_newest
 
 
 def run(run_dir: Path, out: Path) -> None:
-    config, _ = assembly.resolve(read_config(run_dir))
-    parts = assembly.assemble(config, parallel.start(config.model.device), print)
-    step = restore_newest(run_dir, parts.backend)
-    parts.backend.export_hf(out)
-    parts.close()
+    config, objective = assembly.resolve(read_config(run_dir))
+    check_export_dir(out)
+    ranks = parallel.start(config.model.device)
+    backend = assembly.build_backend(config, objective, ranks, print)
+    step = restore_newest(run_dir, backend)
+    backend.export_hf(out)
     print(f"policy of step {step} written to {out}")

@@ -10,16 +10,17 @@ from typing import Any
 from rich.console import Console
 
 from flowrl import assembly, checkpoint, parallel
-from flowrl.config import Config, from_mapping, merge, to_mapping
+from flowrl.config import Config
 from flowrl.display import Display, before_after
 from flowrl.evaluation import Evaluator
-from flowrl.loggers import Logger, build_loggers
+from flowrl.loggers import Logger, build_loggers, check_loggers
 from flowrl.metrics import Stopwatch, peak_memory_gb
 from flowrl.parallel import Parallel
 from flowrl.report import write_report
-from flowrl.run_dir import RunDir, read_config
+from flowrl.run_dir import RunDir, check_free, read_config
 from flowrl.run_reader import read_run
 from flowrl.schema import ConfigError
+from flowrl.settings import from_mapping, merge, to_mapping
 from flowrl.trainer import NonFiniteLossError, StepResult, Trainer, TrainingError, check_layout
 
 # Settings that a resumed run may change: none of them changes a number of the steps to come.
@@ -34,23 +35,28 @@ def run(config: Config) -> None:
     config, _ = assembly.resolve(config)
     ranks = parallel.start(config.model.device)
     check_layout(config, ranks)
-    run_dir = RunDir.create(config, assembly.kernel_backend(config), ranks)
-    _train(config, ranks, run_dir, None)
+    ranks.agree(lambda: check_free(config.run_dir))
+    _train(config, ranks, None, is_new=True)
 
 
 def resume(run_path: Path, overrides: Mapping[str, Any]) -> None:
     """Continues a run from its newest valid checkpoint, or from the start if it has none."""
-    recorded = read_config(run_path)
-    config = resumed_config(recorded, overrides)
+    config = assembly.resolve(resumed_config(read_config(run_path), overrides))[0]
     ranks = parallel.start(config.model.device)
     check_layout(config, ranks)
     console = Console(quiet=not ranks.is_main, soft_wrap=True)
-    found = checkpoint.newest_valid(run_path, lambda text: console.print(text, highlight=False))
+    found = ranks.broadcast(
+        checkpoint.newest_valid(run_path, lambda text: console.print(text, highlight=False))
+        if ranks.is_main
+        else None
+    )
     if found is None:
         console.print(f"{run_path} has no checkpoint; starting from step 1", highlight=False)
+    elif found.step == config.trainer.steps and not (run_path / "report.html").exists():
+        return _finish(config, ranks, console)  # it was killed between its last step and the end
     else:
         _check_resumable(config, found, overrides)
-    _train(config, ranks, RunDir(run_path, ranks), found)
+    _train(config, ranks, found, is_new=False)
 
 
 def resumed_config(recorded: Config, overrides: Mapping[str, Any]) -> Config:
@@ -83,26 +89,36 @@ def _check_resumable(
 
 
 def _train(
-    config: Config, ranks: Parallel, run_dir: RunDir, found: checkpoint.Checkpoint | None
+    config: Config, ranks: Parallel, found: checkpoint.Checkpoint | None, *, is_new: bool
 ) -> None:
+    """All that can be wrong with the settings is found before the run directory is touched."""
+    check_loggers(config.run.loggers)
     with Display(config.trainer.steps, enabled=ranks.is_main) as display:
+        parts = assembly.assemble(config, ranks, display.say)
+        evaluator = Evaluator(config, parts.task, parts.tokenizer, ranks)
+        open_run = RunDir.create if is_new else RunDir.reopen
+        run_dir = open_run(config, assembly.kernel_backend(config), ranks)
         display.say(f"run directory: {run_dir.path}")
         loggers = build_loggers(config.run.loggers, run_dir.path) if ranks.is_main else []
-        parts = assembly.assemble(config, ranks, display.say)
         try:
-            _Session(config, ranks, run_dir, parts, display, loggers).train(found)
+            _Session(config, ranks, run_dir, parts, evaluator, display, loggers).train(found)
         finally:
             for logger in loggers:
                 logger.close()
             parts.close()
             run_dir.close()
+    _finish(config, ranks, display.console)
+
+
+def _finish(config: Config, ranks: Parallel, console: Console) -> None:
+    """The report, and the evaluation before and after."""
     if ranks.is_main:
-        report = write_report(run_dir.path)
-        evals = read_run(run_dir.path).evals
+        report = write_report(config.run_dir)
+        evals = read_run(config.run_dir).evals
         if evals:
             first, last = ({k: v for k, v in r.items() if "/" in k} for r in (evals[0], evals[-1]))
-            before_after(first, last, evals[-1]["step"], display.console)
-        display.say(f"report: {report}")
+            before_after(first, last, evals[-1]["step"], console)
+        console.print(f"report: {report}", highlight=False)
     parallel.stop()
 
 
@@ -115,6 +131,7 @@ class _Session:
         ranks: Parallel,
         run_dir: RunDir,
         parts: assembly.Parts,
+        evaluator: Evaluator,
         display: Display,
         loggers: Sequence[Logger],
     ) -> None:
@@ -124,7 +141,7 @@ class _Session:
         self.parts = parts
         self.display = display
         self.watch = Stopwatch(ranks.device)
-        self.evaluator = Evaluator(config, parts.task, parts.tokenizer, ranks)
+        self.evaluator = evaluator
         self.loggers = loggers
         self.trainer = Trainer(
             config,
@@ -194,7 +211,7 @@ class _Session:
         self.display.step(number, numbers)
 
     def _evaluate(self, number: int) -> None:
-        if not self.config.eval.num_prompts:
+        if not self.evaluator.problems:
             return
         began = time.perf_counter()
         evaluation = self.evaluator.run(self.parts.sampler, self.parts.backend)

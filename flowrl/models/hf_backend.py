@@ -26,7 +26,7 @@ from flowrl.models.hf_files import export_hf, fingerprint, load_causal_lm
 from flowrl.models.log_z import LogZHead
 from flowrl.objectives.base import Objective
 from flowrl.parallel import Parallel
-from flowrl.records import PackedBatch
+from flowrl.records import PackedBatch, to_cu_seqlens
 from flowrl.schema import ConfigError
 
 REDUCE_BUCKET_BYTES = 64 << 20  # gradients are summed over ranks in buckets of this size
@@ -44,8 +44,9 @@ class HFBackend:
         self.policy_version = 0
         self.dtype = getattr(torch, config.model.dtype)
         self.model = _load(model_dir, torch.float32, parallel.device)
-        _check_linear_head(self.model, parallel.device)
+        own, probe = _probe(self.model, parallel.device)
         self.model.set_attn_implementation(attention.NAME)
+        _check_forward(self.model, own, probe)
         if config.model.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.model.train()
@@ -87,13 +88,13 @@ class HFBackend:
     ) -> LossOutput:
         entropy_mode = "grad" if "entropy" in objective.needs else "metric" if entropy else "none"
         outputs = []
-        for number, microbatch in enumerate(microbatches):
+        for microbatch in microbatches:
             packed = microbatch.packed.to(self.parallel.device)
             hidden = self._hidden(self.model, packed)
             inputs = {}
             if self.log_z_head is not None:
-                with self._dropout_seed(number):
-                    inputs["log_z"] = self.log_z_head(hidden, packed)
+                keys = self._dropout_keys(microbatch)
+                inputs["log_z"] = self.log_z_head(hidden, packed, keys)
             output = linear_policy_loss(
                 hidden[packed.hidden_rows],
                 self._head_weight(self.model),
@@ -133,16 +134,8 @@ class HFBackend:
 
     def _hidden(self, model: Any, batch: PackedBatch) -> Tensor:
         """Hidden states after the final norm, (T_model, D)."""
-        lengths = batch.model_cu_seqlens.diff()
         with self._autocast():
-            output = model.base_model(
-                input_ids=batch.token_ids.unsqueeze(0),
-                position_ids=batch.position_ids.unsqueeze(0),
-                use_cache=False,
-                packed_cu_seqlens=batch.model_cu_seqlens,
-                packed_max_length=int(lengths.max()),
-            )
-        return output.last_hidden_state.squeeze(0).to(self.dtype)
+            return _packed_hidden(model, batch).to(self.dtype)
 
     def _head_weight(self, model: Any) -> Tensor:  # (V, D)
         return model.get_output_embeddings().weight.to(self.dtype)
@@ -225,12 +218,10 @@ class HFBackend:
             head = LogZHead(self.model.config.get_text_config().hidden_size, self.config.log_z)
         return head.to(self.parallel.device)
 
-    def _dropout_seed(self, microbatch: int) -> AbstractContextManager[Any]:
-        """The head's dropout is a function of (seed, update, rank, micro-batch)."""
-        if not self.config.log_z.dropout:
-            return nullcontext()
-        key = (self.config.seed, self._num_updates, self.parallel.rank, microbatch)
-        return _seeded(hash(key) & 0x7FFF_FFFF_FFFF_FFFF, self.parallel.device)
+    def _dropout_keys(self, microbatch: Microbatch) -> Tensor:
+        """The head's dropout is a function of (seed, update, prompt): nothing to save."""
+        start = hash((self.config.seed, self._num_updates)) & 0x7FFF_FFFF_FFFF_FFFF
+        return microbatch.loss.group_ids.to(self.parallel.device) + start
 
     @property
     def reference(self) -> Any:
@@ -306,18 +297,43 @@ def _load(model_dir: Path, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 @torch.no_grad()
-def _check_linear_head(model: Any, device: torch.device) -> None:
-    """The fused head computes hidden @ weight.T; a model that adds a bias, a scale or a soft cap
-    would be trained on wrong log-probs without an error."""
-    ids = torch.arange(8, device=device).remainder(model.config.get_text_config().vocab_size)[None]
-    output = model(input_ids=ids, output_hidden_states=False, use_cache=False)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    expected = hidden @ model.get_output_embeddings().weight.T
-    if not torch.allclose(output.logits, expected, atol=1e-3, rtol=1e-3):
+def _check_forward(model: Any, own: Sequence[Tensor], batch: PackedBatch) -> None:
+    """Compares logits from the packed forward and hidden @ weight.T with the model's `own`. A head
+    with a bias, a scale or a soft cap, attention sinks, or layers that cannot
+    tell packed sequences apart would otherwise be trained on wrong log-probs without an error."""
+    hidden = _packed_hidden(model, batch)
+    found = hidden @ model.get_output_embeddings().weight.T
+    if not torch.allclose(found, torch.cat(list(own)), atol=1e-3, rtol=1e-3):
         raise ConfigError(
-            f"{type(model).__name__} does not compute logits as hidden @ weight.T (a bias, scale "
-            "or soft cap), which the fused head needs; use a model of the Llama or Qwen family"
+            f"{type(model).__name__} does not give hidden @ weight.T over packed sequences (other "
+            "head or attention, or recurrent layers); use a model of the Llama or Qwen family"
         )
+
+
+def _probe(model: Any, device: torch.device) -> tuple[list[Tensor], PackedBatch]:
+    """Logits of two short sequences by the model's own forward, and the two as a packed batch."""
+    vocabulary = model.config.get_text_config().vocab_size
+    lengths = torch.tensor([5, 3], dtype=torch.int32)
+    ids = torch.arange(8).remainder(vocabulary)
+    offsets = to_cu_seqlens(lengths)
+    batch = PackedBatch(ids, offsets, lengths, ids, offsets).to(device)
+    with torch.no_grad():
+        own = [
+            model(input_ids=part[None].to(device), use_cache=False).logits[0]
+            for part in ids.split(lengths.tolist())
+        ]
+    return own, batch
+
+
+def _packed_hidden(model: Any, batch: PackedBatch) -> Tensor:  # (T_model, D)
+    output = model.base_model(
+        input_ids=batch.token_ids.unsqueeze(0),
+        position_ids=batch.position_ids.unsqueeze(0),
+        use_cache=False,
+        packed_cu_seqlens=batch.model_cu_seqlens,
+        packed_max_length=int(batch.model_cu_seqlens.diff().max()),
+    )
+    return output.last_hidden_state.squeeze(0)
 
 
 def _prefixed(prefix: str, module: nn.Module | None) -> dict[str, nn.Parameter]:

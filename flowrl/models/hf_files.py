@@ -114,15 +114,20 @@ def export_hf(
     """Writes the model of `source` with other `weights` (Hugging Face names) and its tokenizer.
 
     Raises ConfigError if `out` exists and is not empty, ValueError for weights of another model."""
-    require(
-        not out.exists() or (out.is_dir() and not any(out.iterdir())),
-        f"export directory must be new or empty, got {out}; choose another or remove it",
-    )
+    check_export_dir(out)
     model = load_causal_lm(source, dtype, torch.device("cpu"))
     copy_weights(model, weights)
     with written_aside(out) as aside, without_progress_bars():
         model.save_pretrained(aside)
         load_tokenizer(source).save_pretrained(aside)
+
+
+def check_export_dir(out: Path) -> None:
+    """Raises ConfigError unless `out` is new or an empty directory."""
+    require(
+        not out.exists() or (out.is_dir() and not any(out.iterdir())),
+        f"export directory must be new or empty, got {out}; choose another or remove it",
+    )
 
 
 def fingerprint(path: Path) -> str:

@@ -19,24 +19,32 @@ class LogZHead(nn.Module):
 
     def __init__(self, hidden_size: int, config: LogZConfig) -> None:
         super().__init__()
-        blocks: list[nn.Module] = []
-        for _ in range(config.layers):
-            blocks += [
-                nn.Linear(hidden_size, hidden_size),
-                nn.GELU(),
-                nn.LayerNorm(hidden_size),
-                nn.Dropout(config.dropout or 0.0),
-            ]
-        self.mlp = nn.Sequential(*blocks, nn.Linear(hidden_size, 1)).float()
-        nn.init.zeros_(self.mlp[-1].weight)  # type: ignore[arg-type]
-        nn.init.zeros_(self.mlp[-1].bias)  # type: ignore[arg-type]
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.LayerNorm(hidden_size))
+            for _ in range(config.layers)
+        ).float()
+        self.output = nn.Linear(hidden_size, 1).float()
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
         self.config = config
 
-    def forward(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        """hidden (T_model, D) after the final norm -> log Z (N,) float32, one value a sequence:
-        members of a group see the same prompt, so they get the same value."""
+    def forward(
+        self,
+        hidden: Tensor,  # (T_model, D) after the final norm
+        batch: PackedBatch,
+        dropout_keys: Tensor | None = None,  # (N,) int64
+    ) -> Tensor:  # (N,) float32
+        """One value a sequence: members of a group see the same prompt, so they get the same value.
+
+        Dropout is a function of the key alone, so it is the same for a group's members and does not
+        depend on micro-batches or ranks. Without keys there is none."""
         hidden = hidden.detach() if self.config.detach_hidden else hidden
-        log_z = self.mlp(self._pool(hidden.float(), batch)).squeeze(-1)  # (N,)
+        x = self._pool(hidden.float(), batch)
+        for layer, block in enumerate(self.blocks):
+            x = block(x)
+            if dropout_keys is not None and self.config.dropout:
+                x = x * _dropout_mask(dropout_keys, layer, x.shape[1], self.config.dropout)
+        log_z = self.output(x).squeeze(-1)
         return log_z.bfloat16().float() if self.config.dtype == "bfloat16" else log_z
 
     def _pool(self, hidden: Tensor, batch: PackedBatch) -> Tensor:  # (N, D)
@@ -48,3 +56,14 @@ class LogZHead(nn.Module):
         owner = torch.arange(lengths.numel(), device=hidden.device).repeat_interleave(lengths)
         sums = hidden.new_zeros(lengths.numel(), hidden.shape[1]).index_add(0, owner, hidden[rows])
         return sums / lengths.unsqueeze(1)
+
+
+def _dropout_mask(keys: Tensor, layer: int, width: int, rate: float) -> Tensor:
+    """(N, width): 0 with probability `rate`, else 1 / (1 - rate). The finaliser of splitmix64 over
+    (key, layer, column), with wrapping int64 arithmetic."""
+    columns = torch.arange(width, device=keys.device)
+    x = (keys[:, None] * 0x9E3779B1 + layer) * 0x85EBCA77 + columns  # (N, width)
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    uniform = ((x >> 40) & 0xFFFFFF).float() / (1 << 24)
+    return (uniform >= rate).float() / (1 - rate)

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from flowrl.config import ConfigError, nearest, require
 from flowrl.records import Prompt, Rollout, Score
+from flowrl.schema import ConfigError, nearest, require
 
 TASK_NAMES = ("countdown", "jsonl", "modular")  # each is the module flowrl.tasks.<name>
 

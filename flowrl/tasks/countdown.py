@@ -18,8 +18,9 @@ from math import comb
 from random import Random
 from typing import Any
 
-from flowrl.config import build_options, require
+from flowrl.config import build_options
 from flowrl.records import Prompt, Rollout, Score
+from flowrl.schema import require
 from flowrl.tasks import Outcome
 from flowrl.tasks.countdown_solver import (
     MAX_NUMBER,

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flowrl.config import ConfigError, build_options, nearest, require
+from flowrl.config import build_options
 from flowrl.records import Prompt, Rollout, Score
+from flowrl.schema import ConfigError, nearest, require
 from flowrl.tasks import Outcome
 from flowrl.tasks.scorer_process import ScorerProcess
 from flowrl.tasks.splits import Splits

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flowrl.config import build_options, require
+from flowrl.config import build_options
 from flowrl.records import Prompt, Rollout, Score
+from flowrl.schema import require
 from flowrl.tasks import Outcome
 from flowrl.tasks.splits import Splits, hold_out, random_source
 

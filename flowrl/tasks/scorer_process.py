@@ -21,8 +21,8 @@ import threading
 from pathlib import Path
 from typing import IO, Any, cast
 
-from flowrl.config import ConfigError, require
 from flowrl.records import Score
+from flowrl.schema import ConfigError, require
 from flowrl.tasks import scorer_child
 
 LOAD_TIMEOUT_S = 60.0  # of the user's imports

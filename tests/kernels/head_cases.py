@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from flowrl_kernels import linear_logprobs
+from flowrl_kernels import backends, linear_logprobs
+from flowrl_kernels.head.native_kernels import NativeHead
+from flowrl_kernels.head.torch_kernels import TorchHead
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+HEADS: dict[str, Any] = {"native": NativeHead, "torch": TorchHead}
+FUSED = [name for name in backends.available("cpu") if name in HEADS]
+"""Backends that can run here, judged by the same tests."""
+
+
+def backends_for(dtype: torch.dtype) -> list[str]:
+    """Those of FUSED that take `dtype`."""
+    return [name for name in FUSED if name == "torch" or dtype != torch.float64]
 
 
 @dataclass

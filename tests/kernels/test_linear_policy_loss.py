@@ -14,8 +14,7 @@ from flowrl_kernels import (
     linear_policy_loss,
     trajectory_balance,
 )
-from flowrl_kernels.head.torch_kernels import TorchHead
-from head_cases import Case, Watch, make_case
+from head_cases import FUSED, HEADS, Case, Watch, backends_for, make_case
 from numerics import assert_within_budget
 from torch import Tensor
 
@@ -89,14 +88,21 @@ def evaluate(
 
 # Rows a chunk: all; several sequences; less than the longest sequence (25 rows); one.
 @pytest.mark.parametrize("rows", [100, 30, 10, 1])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_error_budget(rows, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [
+        (dtype, name)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16)
+        for name in backends_for(dtype)
+    ],
+)
+def test_error_budget(rows, dtype, backend):
     case = make_case(T, V, size=2)
     options = {"temperature": 0.8, "vocab_size": V - 7}
     case.targets = case.targets.where(case.targets < V - 7, 0)
     element_bytes = 8 if dtype == torch.float64 else 4
     limit = (V - 7) * element_bytes * rows
-    result, fused = evaluate(case, dtype, backend="torch", max_logits_bytes=limit, **options)
+    result, fused = evaluate(case, dtype, backend=backend, max_logits_bytes=limit, **options)
     _, plain = evaluate(case, dtype, backend="reference", **options)
     _, truth = evaluate(case, torch.float64, backend="reference", **options)
     for name, value in fused.items():
@@ -118,20 +124,22 @@ def test_equals_linear_logprobs_and_objective():
         torch.testing.assert_close(tensors[name], gradient, rtol=1e-10, atol=1e-12)
 
 
-def test_budget_sees_dlogits_that_are_not_of_the_objective(monkeypatch):
+@pytest.mark.parametrize("backend", FUSED)
+def test_budget_sees_dlogits_that_are_not_of_the_objective(monkeypatch, backend):
     """Negative control: chunks whose per-token gradients are moved by one row."""
-    original = TorchHead.dlogits_
+    original = HEADS[backend].dlogits_
 
     def shifted(self, head, targets, out, local, rows, gradients):
         moved = type(gradients)(gradients.logprobs.roll(1), gradients.lse, gradients.entropy)
         original(self, head, targets, out, local, rows, moved)
 
-    monkeypatch.setattr(TorchHead, "dlogits_", shifted)
+    monkeypatch.setattr(HEADS[backend], "dlogits_", shifted)
     with pytest.raises(AssertionError, match="dhidden: error"):
-        test_error_budget(30, torch.float32)
+        test_error_budget(30, torch.float32, backend)
 
 
-def test_objective_sees_whole_sequences_in_order():
+@pytest.mark.parametrize("backend", FUSED)
+def test_objective_sees_whole_sequences_in_order(backend):
     seen = []
 
     def watching(logprobs, entropy, rows):
@@ -151,7 +159,7 @@ def test_objective_sees_whole_sequences_in_order():
         sequence_inputs=sequence,
         token_inputs=token,
         max_logits_bytes=V * 4 * 20,
-        backend="torch",
+        backend=backend,
     )
     assert seen == [
         (slice(0, 2), slice(0, 5), [0, 5, 5]),
@@ -169,22 +177,24 @@ def call(case: Case, objective=flow, **options) -> PolicyLoss:
     )
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize(
     ("hidden_grad", "weight_grad", "products"),
     [(True, True, 3), (True, False, 2), (False, True, 2), (False, False, 1)],
 )
-def test_frozen_operands_cost_no_product(hidden_grad, weight_grad, products):
+def test_frozen_operands_cost_no_product(hidden_grad, weight_grad, products, backend):
     case = make_case(T, V)
     case.hidden.requires_grad_(hidden_grad)
     case.weight.requires_grad_(weight_grad)
     with Watch() as watch:
-        call(case).loss.backward()  # log_z still has its gradient
+        call(case, backend=backend).loss.backward()  # log_z still has its gradient
     assert watch.products == products
     assert (case.hidden.grad is not None) == hidden_grad
     assert (case.weight.grad is not None) == weight_grad
 
 
-def test_a_long_sequence_alone_is_computed_twice():
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_long_sequence_alone_is_computed_twice(backend):
     """Rows of 10: only sequences longer than that (25, 17 and 17 of the 65 rows) are made twice."""
     case = make_case(T, V, masked=0).to(torch.float32)
     with Watch() as watch:
@@ -205,7 +215,7 @@ def test_without_gradients_only_the_forward_product_is_made():
 def test_no_tensor_of_all_logits():
     case = make_case(256, 500, masked=0)
     largest = {}
-    for backend in ("torch", "reference"):
+    for backend in (*FUSED, "reference"):
         fresh = case.to(torch.float32)
         with Watch() as watch:
             linear_policy_loss(
@@ -218,26 +228,28 @@ def test_no_tensor_of_all_logits():
                 backend=backend,
             ).loss.backward()
         largest[backend] = watch.largest
-    assert largest["torch"] <= 32 * 500
+    for backend in FUSED:
+        assert largest[backend] <= 32 * 500
     assert largest["reference"] >= 256 * 500  # negative control
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_main_grad_takes_the_weight_gradient(dtype):
+def test_main_grad_takes_the_weight_gradient(dtype, backend):
     case = make_case(T, V).to(dtype)
     main_grad = torch.full((V, 16), 2.0)
-    call(case, main_grad=main_grad, grad_scale=4.0).loss.backward()
+    call(case, main_grad=main_grad, grad_scale=4.0, backend=backend).loss.backward()
     assert case.weight.grad is None
     plain = case.to(dtype)
-    call(plain, grad_scale=4.0).loss.backward()
+    call(plain, grad_scale=4.0, backend=backend).loss.backward()
     assert plain.weight.grad is not None
     torch.testing.assert_close((main_grad - 2).to(dtype), plain.weight.grad)
     torch.testing.assert_close(case.hidden.grad, plain.hidden.grad)
     with pytest.raises(ValueError, match=r"incoming gradient of 1, got 2\.0; pass grad_scale"):
-        (call(case, main_grad=main_grad).loss * 2).backward()
+        (call(case, main_grad=main_grad, backend=backend).loss * 2).backward()
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", [*FUSED, "reference"])
 def test_grad_scale_scales_gradients_and_not_the_loss(backend):
     cases = [make_case(T, V).to(torch.float32) for _ in range(2)]
     once = call(cases[0], backend=backend)
@@ -255,7 +267,7 @@ def test_gradient_reaches_the_graph_behind_an_input():
     features = torch.randn(N, 4, generator=torch.Generator().manual_seed(1))
     sequence, token = inputs_for(torch.float32)
     grads = {}
-    for backend in ("torch", "reference"):
+    for backend in (*FUSED, "reference"):
         head.zero_grad()
         log_z = head(features)[:, 0]
         sequence_inputs = {**sequence, "log_z": log_z}
@@ -264,8 +276,9 @@ def test_gradient_reaches_the_graph_behind_an_input():
         ).loss.backward()
         assert head.weight.grad is not None
         grads[backend] = head.weight.grad.clone()
-    torch.testing.assert_close(grads["torch"], grads["reference"])
-    assert grads["torch"].abs().max() > 0.1
+    for backend in FUSED:
+        torch.testing.assert_close(grads[backend], grads["reference"])
+    assert grads["reference"].abs().max() > 0.1
 
 
 def test_entropy_metric_has_no_gradient():
@@ -278,16 +291,17 @@ def test_entropy_metric_has_no_gradient():
     torch.testing.assert_close(metric["entropy"], grad["entropy"])
 
 
-def test_repeat_is_bitwise():
+@pytest.mark.parametrize("backend", FUSED)
+def test_repeat_is_bitwise(backend):
     case = make_case(T, V)
-    options = {"backend": "torch", "max_logits_bytes": V * 4 * 10}
+    options = {"backend": backend, "max_logits_bytes": V * 4 * 10}
     _, once = evaluate(case, torch.float32, **options)
     _, again = evaluate(case, torch.float32, **options)
     for name, value in once.items():
         assert torch.equal(value, again[name]), name
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", [*FUSED, "reference"])
 @pytest.mark.parametrize("offsets", [[0], [0, 0, 0]])
 def test_empty_batch(backend, offsets):
     case = make_case(0, 20).to(torch.float32)

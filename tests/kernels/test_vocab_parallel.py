@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from flowrl_kernels import Rows, linear_logprobs, linear_policy_loss
-from head_cases import Case, combine, make_case
+from head_cases import Case, backends_for, combine, make_case
 from numerics import assert_within_budget
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -19,6 +19,12 @@ V, T = 90, 40
 CU_SEQLENS = torch.tensor([0, 3, 25, 40], dtype=torch.int32)
 # Weight rows of both ranks with padding: halves; 26 true rows on the second rank; padding only.
 LAYOUTS = [90, 128, 180]
+RUNS = [
+    (dtype, backend, padded)
+    for dtype in (torch.float64, torch.float32)
+    for backend in backends_for(dtype)
+    for padded in LAYOUTS
+]
 
 
 def objective(logprobs: Tensor, entropy: Tensor | None, rows: Rows):
@@ -65,14 +71,17 @@ def run_rank(rank: int, folder: str) -> None:
         timeout=timedelta(seconds=60),
     )
     results = []
-    for dtype in (torch.float64, torch.float32):
-        for padded in LAYOUTS:
-            case = make_case(T, V, size=3)
-            weight = torch.full((padded, case.weight.shape[1]), float("nan"))
-            weight[:V] = case.weight
-            share = slice(rank * padded // 2, (rank + 1) * padded // 2)
-            local = Case(case.hidden, weight[share], case.targets).to(dtype)
-            results.append(evaluate(local, dist.group.WORLD, vocab_start=share.start, vocab_size=V))
+    for dtype, backend, padded in RUNS:
+        case = make_case(T, V, size=3)
+        weight = torch.full((padded, case.weight.shape[1]), float("nan"))
+        weight[:V] = case.weight
+        share = slice(rank * padded // 2, (rank + 1) * padded // 2)
+        local = Case(case.hidden, weight[share], case.targets).to(dtype)
+        results.append(
+            evaluate(
+                local, dist.group.WORLD, vocab_start=share.start, vocab_size=V, backend=backend
+            )
+        )
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -82,20 +91,21 @@ def test_two_ranks_equal_one(tmp_path: Path):
     of_rank = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     case = make_case(T, V, size=3)
     truth = evaluate(case.to(torch.float64), None, backend="reference")
-    runs = iter(zip(*of_rank, strict=True))
-    for dtype in (torch.float64, torch.float32):
-        plain = evaluate(case.to(dtype), None, backend="reference")
-        for _ in LAYOUTS:
-            first, second = next(runs)
-            for name, expected in truth.items():
-                if name.startswith("dweight"):
-                    joined = torch.cat([first[name], second[name]])
-                    assert not joined[V:].any(), f"{name} of the padding"
-                    joined = joined[:V]
-                else:
-                    joined = first[name]
-                    assert torch.equal(joined, second[name]), f"{name} differs between ranks"
-                assert_within_budget(joined, plain[name], expected, f"{name}, {dtype}")
+    plains = {
+        dtype: evaluate(case.to(dtype), None, backend="reference")
+        for dtype in (torch.float64, torch.float32)
+    }
+    for (dtype, backend, _), first, second in zip(RUNS, *of_rank, strict=True):
+        for name, expected in truth.items():
+            if name.startswith("dweight"):
+                joined = torch.cat([first[name], second[name]])
+                assert not joined[V:].any(), f"{name} of the padding"
+                joined = joined[:V]
+            else:
+                joined = first[name]
+                assert torch.equal(joined, second[name]), f"{name} differs between ranks"
+            what = f"{backend} {name}, {dtype}"
+            assert_within_budget(joined, plains[dtype][name], expected, what)
 
 
 def test_one_share_is_not_the_whole():

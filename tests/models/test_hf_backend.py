@@ -1,20 +1,24 @@
 """The Hugging Face backend: packing without leaks, invariances of loss and gradient, its state."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from flowrl import objectives
-from flowrl.config import LogZConfig, from_mapping, merge, to_mapping
+from flowrl.config import LogZConfig
 from flowrl.data.packing import pack
 from flowrl.models import Microbatch
 from flowrl.models import packed_attention as attention
-from flowrl.models.hf_backend import HFBackend, _check_linear_head
-from flowrl.models.log_z import LogZHead
+from flowrl.models.hf_backend import HFBackend, _check_forward, _probe
+from flowrl.models.log_z import LogZHead, _dropout_mask
 from flowrl.objectives.base import count_totals
 from flowrl.parallel import Parallel
 from flowrl.records import LossBatch, Prompt, Rollout
 from flowrl.schema import ConfigError
+from flowrl.settings import from_mapping, merge, to_mapping
 
 ALONE = Parallel(0, 1, torch.device("cpu"))
 LENGTHS = [(7, 3), (5, 9), (9, 1), (6, 6), (8, 2), (3, 12)]  # prompt and response tokens
@@ -108,10 +112,18 @@ def gradients(config, base_dir, objective, plan):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("flowrl", {}), ("tb", {}), ("rloo", {}), ("grpo", {"kl_coef": 0.04})]
+    ("name", "options"),
+    [
+        ("flowrl", {}),
+        ("flowrl", {"preset": "recipe"}),
+        ("tb", {}),
+        ("rloo", {}),
+        ("grpo", {"kl_coef": 0.04}),
+    ],
 )
 def test_loss_and_gradient_do_not_depend_on_split_or_order(tiny_config, base_dir, name, options):
     objective = objectives.build(name, options)
+    tiny_config = changed(tiny_config, log_z=dataclasses.asdict(objective.log_z_defaults))
     whole, expected = gradients(tiny_config, base_dir, objective, [[0, 1, 2, 3, 4, 5]])
     split, found = gradients(tiny_config, base_dir, objective, [[5, 1], [3], [0, 4, 2]])
     assert split.loss == pytest.approx(whole.loss, rel=1e-5)
@@ -133,7 +145,7 @@ def test_the_log_z_gradient_reaches_the_backbone_unless_detached(tiny_config, ba
         found = []
         for weight in (0.0, 1.0):
             backend = backend_of(config, base_dir, objective.needs)
-            output = backend.params["log_z.mlp.8.weight"]
+            output = backend.params["log_z.output.weight"]
             output.data = weight * torch.linspace(-1, 1, output.shape[1])[None]
             hidden = backend._hidden(backend.model, packed)
             assert backend.log_z_head is not None
@@ -204,14 +216,33 @@ def test_state_without_the_head_is_refused(tiny_config, base_dir, tmp_path):
         backend_of(tiny_config, base_dir).load_state(tmp_path)
 
 
-def test_a_head_that_is_not_linear_is_refused(tiny_config, base_dir):
-    backend = backend_of(tiny_config, base_dir, frozenset())
-    backend.model.set_attn_implementation("sdpa")
-    _check_linear_head(backend.model, ALONE.device)
-    head = backend.model.get_output_embeddings()
+def test_a_model_with_another_head_is_refused(base_dir):
+    model = AutoModelForCausalLM.from_pretrained(base_dir)
+    head: Any = model.get_output_embeddings()
+    own, probe = _probe(model, ALONE.device)
+    model.set_attn_implementation(attention.NAME)
+    _check_forward(model, own, probe)
     head.bias = torch.nn.Parameter(torch.ones(head.weight.shape[0]))
-    with pytest.raises(ConfigError, match="hidden @ weight.T"):
-        _check_linear_head(backend.model, ALONE.device)
+    model.set_attn_implementation("sdpa")
+    own, probe = _probe(model, ALONE.device)
+    model.set_attn_implementation(attention.NAME)
+    with pytest.raises(ConfigError, match=r"hidden @ weight.T"):
+        _check_forward(model, own, probe)
+
+
+def test_a_model_that_cannot_tell_packed_sequences_apart_is_refused(base_dir):
+    def leaky(*args, packed_cu_seqlens, packed_max_length, **options):
+        """All of the row as one sequence, as a recurrent layer would see it."""
+        total = int(packed_cu_seqlens[-1])
+        sizes = {"packed_cu_seqlens": packed_cu_seqlens[[0, -1]], "packed_max_length": total}
+        return attention.packed_attention(*args, **sizes, **options)
+
+    AttentionInterface.register("leaky", leaky)
+    model = AutoModelForCausalLM.from_pretrained(base_dir)
+    own, probe = _probe(model, ALONE.device)
+    model.set_attn_implementation("leaky")
+    with pytest.raises(ConfigError, match="packed sequences"):
+        _check_forward(model, own, probe)
 
 
 def test_bfloat16_compute_keeps_float32_weights(tiny_config, base_dir):
@@ -283,6 +314,25 @@ def test_pooling_takes_or_leaves_the_last_prompt_token():
         head = LogZHead(8, LogZConfig(include_last_prompt_token=include))
         pooled = head._pool(hidden, packed)
         torch.testing.assert_close(pooled[1], hidden[start : start + taken].mean(0))
+
+
+def test_dropout_is_shared_by_a_group_and_has_its_rate():
+    packed = pack(rollouts())
+    hidden = torch.ones(packed.token_ids.numel(), 64)
+    head = LogZHead(64, LogZConfig(dropout=0.25))
+    torch.nn.init.normal_(head.output.weight)
+    keys = torch.tensor([7, 7, 8, 8, 9, 9])
+    first, second = head(hidden, packed, keys), head(hidden, packed, keys)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first[::2], first[1::2])
+    assert len({round(value, 3) for value in first.tolist()}) == 3
+    assert not torch.equal(first, head(hidden, packed, keys + 1))
+    mask = _dropout_mask(torch.arange(2000), 0, 100, 0.25)
+    assert float((mask == 0).float().mean()) == pytest.approx(0.25, abs=0.005)
+    assert float(mask.mean()) == pytest.approx(1.0, abs=0.01)
+    other = _dropout_mask(torch.arange(2000), 1, 100, 0.25)
+    agree = ((mask == 0) == (other == 0)).float().mean()
+    assert float(agree) == pytest.approx(0.25**2 + 0.75**2, abs=0.01)
 
 
 def test_log_z_starts_at_zero():

@@ -96,7 +96,7 @@ def test_half_a_line_is_left_out_and_said(tmp_path):
     ("options", "message"),
     [
         ({"step": 7}, r"no train samples of step 7; it has those of 1, 10, 20: choose with --step"),
-        ({"prompt_index": 3}, r"no prompt 3; it has 100-111: choose with --prompt-index"),
+        ({"prompt_index": 3}, r"no prompt 3; it has 100-111: choose with --prompt"),
         ({"only": "right"}, r"--only must be one of all, correct, .*got 'right'; use"),
         ({"limit": -1}, r"--limit must be >= 0, got -1; 0 shows all"),
     ],

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from flowrl_kernels import backends, checks, triton_support
+from flowrl_kernels import backends, checks, native_library, triton_support
+from flowrl_kernels.head.native_kernels import NativeHead, logits_bytes
 from flowrl_kernels.linear_logprobs import reference, torch_chunked
 from flowrl_kernels.linear_logprobs.contract import LinearLogprobs
 
@@ -52,9 +53,10 @@ def linear_logprobs(
     `vocab_start` on, all ranks give the same hidden, targets and options, all get the same result,
     and the gradient of hidden is summed over ranks.
 
-    The torch backend holds at most `max_logits_bytes` of logits (default 256 MiB on a CPU, 3 GiB on
-    CUDA), stores the log-sum-exp and makes the logits a second time in backward: 8 T D V flop in
-    all. So does the triton backend, which holds no logits in forward.
+    The chunked backends hold at most `max_logits_bytes` of logits (default 256 MiB on a CPU, 160
+    MiB or less by native code, 3 GiB on CUDA), store the log-sum-exp and make the logits a second
+    time in backward: 8 T D V flop in all. The
+    triton backend holds none in forward.
 
     precision="fp8" (triton only) multiplies rows of hidden and weight rounded to e4m3, each with
     its own scale, and has no gradient: log-probs are off by 0.01 to 1, too much for importance
@@ -128,5 +130,17 @@ def _triton(
 
 
 backends.register("linear_logprobs", "triton", triton_support.refusal)(_triton)
+
+
+def _native(
+    hidden: Tensor, weight: Tensor, *args: Any, max_logits_bytes: int | None, **options: Any
+) -> LinearLogprobs:
+    limit = logits_bytes(weight.shape[0], max_logits_bytes)
+    return torch_chunked.linear_logprobs(
+        hidden, weight, *args, kernels=NativeHead(), max_logits_bytes=limit, **options
+    )
+
+
+backends.register("linear_logprobs", "native", native_library.can_run)(_native)
 backends.register("linear_logprobs", "reference", _reference_can_run)(reference.linear_logprobs)
 backends.register("linear_logprobs", "torch", _torch_can_run)(torch_chunked.linear_logprobs)

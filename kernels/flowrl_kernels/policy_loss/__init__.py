@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from flowrl_kernels import backends, checks, triton_support
+from flowrl_kernels import backends, checks, native_library, triton_support
+from flowrl_kernels.head.native_kernels import NativeHead, logits_bytes
 from flowrl_kernels.policy_loss import reference, torch_chunked
 from flowrl_kernels.policy_loss.contract import Objective, PolicyLoss, Rows
 
@@ -61,7 +62,8 @@ def linear_policy_loss(
     backward refuses an incoming gradient other than 1 (use grad_scale). Vocabulary, group, masks
     and numerics: linear_logprobs.
 
-    At most `max_logits_bytes` of logits are alive (default 256 MiB on a CPU, 3 GiB on CUDA).
+    At most `max_logits_bytes` of logits are alive (default 256 MiB on a CPU, 160 MiB or
+    less by native code, 3 GiB on CUDA).
 
     Raises ValueError for arguments out of range, an objective whose loss is no scalar or whose
     metrics are not one number a sequence, and a backend that cannot run the call.
@@ -165,6 +167,18 @@ def _triton(*args: Any, **options: Any) -> PolicyLoss:
 
 
 backends.register("linear_policy_loss", "triton", triton_support.refusal)(_triton)
+
+
+def _native(
+    hidden: Tensor, weight: Tensor, *args: Any, max_logits_bytes: int | None, **options: Any
+) -> PolicyLoss:
+    limit = logits_bytes(weight.shape[0], max_logits_bytes)
+    return torch_chunked.linear_policy_loss(
+        hidden, weight, *args, kernels=NativeHead(), max_logits_bytes=limit, **options
+    )
+
+
+backends.register("linear_policy_loss", "native", native_library.can_run)(_native)
 backends.register("linear_policy_loss", "reference", _reference_can_run)(
     reference.linear_policy_loss
 )

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowrl_kernels import backends, checks, triton_support
-from flowrl_kernels.trajectory_balance import reference, torch_packed
+from flowrl_kernels import backends, checks, native_library, triton_support
+from flowrl_kernels.trajectory_balance import native, reference, torch_packed
 from flowrl_kernels.trajectory_balance.contract import TrajectoryBalance, WeightBound
 
 __all__ = ["TrajectoryBalance", "WeightBound", "trajectory_balance"]
@@ -123,3 +123,4 @@ def _triton(*args: Any, **options: Any) -> TrajectoryBalance:
 backends.register("trajectory_balance", "triton", _triton_can_run)(_triton)
 backends.register("trajectory_balance", "reference", _can_run)(reference.trajectory_balance)
 backends.register("trajectory_balance", "torch", _can_run)(torch_packed.trajectory_balance)
+backends.register("trajectory_balance", "native", native_library.can_run)(native.trajectory_balance)

@@ -1,0 +1,304 @@
+"""The compiled operators: instruction sets, numbers of threads, the library and its build."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from flowrl_kernels import backends, linear_logprobs, native_library
+from flowrl_kernels.head import Head, RowGradients
+from flowrl_kernels.head.native_kernels import NativeHead
+from flowrl_kernels.head.torch_kernels import TorchHead
+from flowrl_kernels.head.vocab_parallel import finish
+from head_cases import FUSED, make_case, outputs_and_gradients
+from numerics import assert_within_budget, max_error
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+OPERATORS = torch.ops.flowrl_native
+needs_library = pytest.mark.skipif("native" not in FUSED, reason=str(native_library.PROBLEM))
+needs_products = pytest.mark.skipif(
+    "native" not in FUSED or OPERATORS.highest_level() < native_library.FIRST_WITH_PRODUCTS,
+    reason="needs a processor with AVX512-BF16",
+)
+# Around the widths of registers (4, 8, 16), of an unrolled step (64) and of a block (2048).
+COLUMNS = [1, 3, 15, 16, 17, 63, 64, 65, 2047, 2048, 2049, 5003]
+
+
+def levels() -> list[int]:
+    return list(range(OPERATORS.highest_level() + 1)) if "native" in FUSED else []
+
+
+def outputs(kernels: NativeHead | TorchHead, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Statistics of these logits and the gradient of a combination of them, by kernels whose
+    product is with the identity: hidden = logits, weight = 1."""
+    identity = torch.eye(logits.shape[1], dtype=logits.dtype)
+    head = Head(identity, logits.shape[1], 1.0, 0, None, entropy=True)
+    out = torch.full_like(logits, float("nan"))
+    local = kernels.statistics(head, logits, targets, out)
+    rows = finish(head, local)
+    assert rows.entropy is not None
+    slopes = torch.linspace(-2, 1.5, len(targets), dtype=logits.dtype)
+    kernels.dlogits_(head, targets, out, local, rows, RowGradients(slopes, slopes * 2, slopes**2))
+    lse = rows.row_max + rows.log_sum
+    return {"logprobs": rows.logprobs, "lse": lse, "entropy": rows.entropy, "dlogits": out}
+
+
+@needs_library
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_every_instruction_set_keeps_the_budget(columns):
+    generator = torch.Generator().manual_seed(columns)
+    logits = torch.randn(9, columns, generator=generator) * 4
+    logits[1] += torch.linspace(0, 30, columns)  # the running maximum moves in every block
+    logits[2, ::2] = -1e30
+    logits[2, -1] = 1.0
+    logits[3] = 1e4
+    targets = torch.randint(columns, (9,), generator=generator)
+    targets[2] = columns - 1
+    targets[4] = columns + 5  # another rank's
+    plain = outputs(TorchHead(), logits, targets)
+    truth = outputs(TorchHead(), logits.double(), targets)
+    finite = [n for n in range(9) if n != 4]
+    for level in levels():
+        found = outputs(NativeHead(level), logits, targets)
+        assert found["logprobs"][4] == -math.inf
+        for name, value in found.items():
+            what = f"{native_library.LEVELS[level]} {name}"
+            assert_within_budget(value[finite], plain[name][finite], truth[name][finite], what)
+
+
+@needs_library
+def test_budget_sees_a_column_that_is_left_out():
+    """Negative control: the same comparison without the last of 65 columns."""
+    logits = torch.randn(9, 65, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(9)
+    plain = outputs(TorchHead(), logits, targets)
+    truth = outputs(TorchHead(), logits.double(), targets)
+    short = outputs(NativeHead(), logits[:, :64], targets)
+    with pytest.raises(AssertionError, match="lse: error"):
+        assert_within_budget(short["lse"], plain["lse"], truth["lse"], "lse")
+
+
+@needs_library
+@pytest.mark.parametrize("level", levels())
+def test_nan_is_not_hidden(level):
+    logits = torch.zeros(3, 70)
+    logits[1, 40] = math.nan
+    logprobs = outputs(NativeHead(level), logits, torch.zeros(3, dtype=torch.int64))["logprobs"]
+    assert logprobs.isnan().tolist() == [False, True, False]
+
+
+@needs_library
+@pytest.mark.parametrize("level", levels())
+def test_infinitely_unlikely_columns_take_no_part(level):
+    logits = torch.zeros(1, 70)
+    logits[0, 8:] = -math.inf
+    targets = torch.tensor([3])
+    row_max, sum_exp, target, sum_exp_z = OPERATORS.head_statistics(logits, targets, 0, True, level)
+    assert [float(x) for x in (row_max, sum_exp, target, sum_exp_z)] == [0, 8, 0, 0]
+    log_sum, one = sum_exp.log(), torch.ones(1)
+    OPERATORS.head_dlogits_(logits, targets, 0, 1.0, row_max, log_sum, one, None, one, one, level)
+    assert logits[0, :8].isfinite().all()
+    assert not logits[0, 8:].any()
+
+
+@needs_library
+def test_a_level_that_is_not_there_is_refused():
+    logits, targets = torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)
+    for level in (len(native_library.LEVELS), -2):
+        with pytest.raises(RuntimeError, match=f"level must be -1 or one .* got {level}"):
+            OPERATORS.head_statistics(logits, targets, 0, False, level)
+    assert native_library.level() in native_library.LEVELS
+
+
+@needs_library
+def test_the_number_of_threads_changes_no_bit():
+    logits = torch.randn(40, 5003, generator=torch.Generator().manual_seed(2))
+    targets = torch.arange(40)
+    before = torch.get_num_threads()
+    found = {}
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found[threads] = outputs(NativeHead(), logits, targets)
+    torch.set_num_threads(before)
+    for name, value in found[1].items():
+        assert torch.equal(value, found[2][name]), name
+        assert torch.equal(value, found[3][name]), name
+
+
+def products(level: int, rows: int, dim: int, vocab: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each product of bfloat16 operands, and the same of the same rounded operands in float64."""
+    generator = torch.Generator().manual_seed(vocab)
+    hidden = torch.randn(rows, dim, generator=generator).bfloat16()
+    weight = torch.randn(vocab, dim, generator=generator).bfloat16()
+    dlogits = torch.randn(rows, vocab, generator=generator)
+    logits = torch.full((rows, vocab), float("nan"))
+    OPERATORS.head_logits_(logits, hidden, weight, 0.7, level)
+    first = torch.full((vocab, dim), float("nan"))
+    OPERATORS.head_dweight_(first, dlogits, hidden, False, level)
+    second = first.clone()
+    OPERATORS.head_dweight_(second, dlogits, hidden, True, level)
+    x, w, dz = hidden.double(), weight.double(), dlogits.bfloat16().double()
+    return {
+        "logits": (logits, 0.7 * x @ w.T),
+        "dhidden": (OPERATORS.head_dhidden(dlogits, weight, level), dz @ w),
+        "dweight": (first, dz.T @ x),
+        "dweight twice": (second, 2 * dz.T @ x),
+    }
+
+
+# Around blocks of 32, a tile of 128, a depth of 256, a group of 256 rows and two slices of 8192.
+@needs_products
+@pytest.mark.parametrize(
+    ("rows", "dim", "vocab"),
+    [(1, 1, 1), (33, 16, 127), (32, 32, 128), (257, 31, 300), (40, 65, 16400), (0, 8, 40)],
+)
+def test_products_sum_in_float32(rows, dim, vocab):
+    for level in levels()[native_library.FIRST_WITH_PRODUCTS :]:
+        for name, (found, truth) in products(level, rows, dim, vocab).items():
+            depth = {"logits": dim, "dhidden": vocab}.get(name, 2 * rows)
+            # Float32 sums of `depth` products err by sqrt(depth) roundings of their size, or so.
+            allowed = 8 * 2.0**-24 * max(depth, 1) ** 0.5 * float(truth.abs().max()) if rows else 0
+            error = max_error(found, truth)
+            assert error <= allowed, f"{native_library.LEVELS[level]} {name}: {error}"
+
+
+@needs_products
+def test_the_bound_on_products_sees_bfloat16_results():
+    """Negative control: one rounding to bfloat16 at the end is far outside."""
+    found, truth = products(levels()[-1], 33, 16, 127)["logits"]
+    assert max_error(found.bfloat16(), truth) > 100 * 8 * 2.0**-24 * 4 * float(truth.abs().max())
+
+
+@needs_products
+@pytest.mark.parametrize("level", levels()[native_library.FIRST_WITH_PRODUCTS :])
+def test_products_do_not_depend_on_the_number_of_threads(level):
+    before = torch.get_num_threads()
+    runs = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        runs.append(products(level, 40, 65, 16400))
+    torch.set_num_threads(before)
+    for name in runs[0]:
+        assert torch.equal(runs[0][name][0], runs[1][name][0]), name
+
+
+@needs_library
+def test_levels_without_products_say_so():
+    weight = torch.zeros(4, 8).bfloat16()
+    with pytest.raises(RuntimeError, match="products of bfloat16 need level 3 or 4, got 0"):
+        OPERATORS.head_dhidden(torch.zeros(2, 4), weight, 0)
+
+
+@needs_library
+@pytest.mark.parametrize("level", levels())
+def test_every_instruction_set_serves_the_whole_operator(monkeypatch, level):
+    """linear_logprobs in bfloat16, through the driver, on each level's rows and products."""
+    monkeypatch.setattr(NativeHead.__init__, "__defaults__", (level,))
+    assert NativeHead().level == level
+    case = make_case(33, 130, 48, size=3)
+    runs = {
+        name: outputs_and_gradients(case, dtype, backend=backend)
+        for name, dtype, backend in (
+            ("native", torch.bfloat16, "native"),
+            ("plain", torch.bfloat16, "reference"),
+            ("truth", torch.float64, "reference"),
+        )
+    }
+    for name, value in runs["native"].items():
+        assert_within_budget(value, runs["plain"][name], runs["truth"][name], name)
+
+
+@needs_library
+def test_operators_are_registered_as_torch_expects():
+    logits, targets = torch.randn(3, 10), torch.tensor([0, 5, 9])
+    tests = ("test_schema", "test_autograd_registration")
+    torch.library.opcheck(
+        OPERATORS.head_statistics.default, (logits, targets, 0, True, -1), test_utils=tests
+    )
+    rows = [torch.rand(3) for _ in range(6)]
+    torch.library.opcheck(
+        OPERATORS.head_dlogits_.default, (logits, targets, 0, 0.7, *rows, -1), test_utils=tests
+    )
+    leaf = (-torch.rand(5)).requires_grad_()
+    offsets = torch.tensor([0, 2, 2, 5])
+    per_sequence = (torch.rand(3).requires_grad_(), torch.rand(3), offsets)
+    torch.library.opcheck(
+        OPERATORS.trajectory_balance.default,
+        (leaf, -torch.rand(5), -torch.rand(5), *per_sequence, None, 2.0, None, 1.0, True, 0.5),
+    )
+
+
+@needs_library
+def test_operators_refuse_what_they_cannot_read():
+    with pytest.raises(RuntimeError, match="logits must be contiguous, of the operator's dtype"):
+        OPERATORS.head_statistics(torch.zeros(4, 2).T, torch.zeros(2).long(), 0, False, -1)
+    with pytest.raises(RuntimeError, match="targets must be .* and have 2 elements, got 3"):
+        OPERATORS.head_statistics(torch.zeros(2, 4), torch.zeros(3).long(), 0, False, -1)
+
+
+@needs_library
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of binutils")
+def test_the_library_exports_nothing_and_needs_only_the_stable_abi():
+    def names(*options: str) -> list[str]:
+        command = ["nm", "-D", "--format=posix", "-C", *options, str(native_library.LIBRARY)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split(
+            "\n"
+        )
+
+    assert names("--defined-only") == [""]
+    needed = names("--undefined-only")
+    assert any("torch_library_impl" in name for name in needed)  # the listing is not empty
+    assert not [name for name in needed if "at::" in name or "c10::" in name or "Py" in name]
+
+
+def test_without_the_library_the_backend_says_how_to_build_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(native_library, "LIBRARY", tmp_path / "_C.abi3.so")
+    monkeypatch.setattr(native_library, "PROBLEM", native_library._load())
+    case = make_case(4, 9)
+    with pytest.raises(
+        ValueError, match="'native' is not built .*pip install.*use backend='torch'"
+    ):
+        linear_logprobs(case.hidden, case.weight, case.targets, backend="native")
+    assert backends.available("cpu") == ["torch", "reference"]
+    linear_logprobs(case.hidden, case.weight, case.targets)
+
+
+def test_a_library_that_does_not_load_says_why(monkeypatch, tmp_path):
+    broken = tmp_path / "_C.abi3.so"
+    broken.write_text("not a library")
+    monkeypatch.setattr(native_library, "LIBRARY", broken)
+    assert "does not load" in str(native_library._load())
+
+
+@pytest.mark.parametrize("call", [{"dtype": torch.float64}, {"features": frozenset({"fp8"})}])
+def test_refusals(call):
+    complete = backends.Call(**{"device": torch.device("cpu"), "dtype": torch.float32, **call})
+    reason = native_library.can_run(complete)
+    assert reason is not None
+    assert "float64" in reason or "FP8" in reason
+
+
+@pytest.mark.parametrize(
+    ("setting", "path", "message"),
+    [
+        ("yes", None, "FLOWRL_BUILD_NATIVE must be auto, 0 or 1, got 'yes'"),
+        ("1", "", "FLOWRL_BUILD_NATIVE=1 needs a C++ compiler"),
+    ],
+)
+def test_build_setting(setting, path, message):
+    environment = {**os.environ, "FLOWRL_BUILD_NATIVE": setting}
+    if path is not None:
+        environment["PATH"] = path
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=ROOT, env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert message in done.stderr
