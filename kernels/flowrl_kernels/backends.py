@@ -85,6 +85,11 @@ def available(device: torch.device | str | None = None) -> list[str]:
     ]
 
 
+def implemented(operator: str) -> list[str]:
+    """Backends that have `operator` in this installation, best first, able to run or not."""
+    return [name for name in BACKENDS if name in _registry[operator]]
+
+
 def resolve(operator: str, backend: str | None, call: Call) -> Implementation:
     """The implementation of `operator` that `call` gets: `backend`, or the best that can run.
 

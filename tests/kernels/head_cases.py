@@ -70,7 +70,7 @@ def combine(outputs: dict[str, Tensor]) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for x in outputs.values():
         factors = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-        total = total + (x.double() * factors).sum()
+        total = total + (x.double().cpu() * factors).sum()
     return total
 
 

@@ -277,7 +277,7 @@ def test_empty_batch(backend):
         ({"ref_logprobs": torch.zeros(8)}, "ref_logprobs must have shape"),
         ({"response_mask": torch.ones(9)}, "response_mask must be bool"),
         ({"cu_seqlens": torch.tensor([0.0, 9.0])}, "cu_seqlens must be"),
-        ({"backend": "triton"}, "does not implement trajectory_balance"),
+        ({"backend": "triton"}, "'triton' takes float32 log-probs, not torch.float64"),
         ({"backend": "best"}, "'best' must be one of cuda, triton"),
     ],
 )

@@ -1,15 +1,17 @@
 """Log-probabilities of target tokens under a linear output layer, without its logits.
 
-`reference.py` is the definition, `torch_chunked.py` the same in chunks of rows.
+`reference.py` is the definition, `torch_chunked.py` the same in chunks of rows, with PyTorch's or
+Triton's kernels (`flowrl_kernels/head`).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
-from flowrl_kernels import backends, checks, native_library
+from flowrl_kernels import backends, checks, native_library, triton_support
 from flowrl_kernels.head.native_kernels import NativeHead, logits_bytes
 from flowrl_kernels.linear_logprobs import reference, torch_chunked
 from flowrl_kernels.linear_logprobs.contract import LinearLogprobs
@@ -53,11 +55,16 @@ def linear_logprobs(
 
     The chunked backends hold at most `max_logits_bytes` of logits (default 256 MiB on a CPU, 160
     MiB or less by native code, 3 GiB on CUDA), store the log-sum-exp and make the logits a second
-    time in backward: 8 T D V flop in all.
+    time in backward: 8 T D V flop in all. The
+    triton backend holds none in forward.
 
-    Raises ValueError for shapes, dtypes, devices, targets or options out of range, and for a
-    backend that cannot run the call. Source: arXiv:2411.09009 for the idea of recomputing the
-    logits.
+    precision="fp8" (triton only) multiplies rows of hidden and weight rounded to e4m3, each with
+    its own scale, and has no gradient: log-probs are off by 0.01 to 1, too much for importance
+    weights.
+
+    Raises ValueError for shapes, dtypes, devices, targets or options out of range, for fp8 where a
+    gradient is needed, and for a backend that cannot run the call. Source: arXiv:2411.09009 for the
+    idea of recomputing the logits.
     """
     checks.check_head(
         hidden,
@@ -102,6 +109,27 @@ def _torch_can_run(call: backends.Call) -> str | None:
     if call.device.type not in ("cpu", "cuda"):
         return f"runs on cpu and cuda, not on {call.device.type}"
     return "has no FP8 product" if "fp8" in call.features else None
+
+
+def _triton(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, precision: str, **options: Any
+) -> LinearLogprobs:
+    from flowrl_kernels.head.triton_head import TritonHead  # a machine may lack triton
+
+    checks.require(
+        precision == "native"
+        or not torch.is_grad_enabled()
+        or not (hidden.requires_grad or weight.requires_grad),
+        "precision='fp8' has no gradient: hidden and weight must not require one",
+        "one that does",
+        "call it under torch.no_grad() or use precision='native'",
+    )
+    return torch_chunked.linear_logprobs(
+        hidden, weight, targets, precision=precision, kernels=TritonHead(precision), **options
+    )
+
+
+backends.register("linear_logprobs", "triton", triton_support.refusal)(_triton)
 
 
 def _native(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from flowrl_kernels import backends, checks, native_library
+from flowrl_kernels import backends, checks, native_library, triton_support
 from flowrl_kernels.head.native_kernels import NativeHead, logits_bytes
 from flowrl_kernels.policy_loss import reference, torch_chunked
 from flowrl_kernels.policy_loss.contract import Objective, PolicyLoss, Rows
@@ -158,6 +158,15 @@ def _torch_can_run(call: backends.Call) -> str | None:
     if call.device.type not in ("cpu", "cuda"):
         return f"runs on cpu and cuda, not on {call.device.type}"
     return None
+
+
+def _triton(*args: Any, **options: Any) -> PolicyLoss:
+    from flowrl_kernels.head.triton_head import TritonHead  # a machine may lack triton
+
+    return torch_chunked.linear_policy_loss(*args, kernels=TritonHead(), **options)
+
+
+backends.register("linear_policy_loss", "triton", triton_support.refusal)(_triton)
 
 
 def _native(

@@ -1,14 +1,17 @@
 """The trajectory-balance loss of packed log-probs, with its gradients.
 
-`reference.py` is the definition, `torch_packed.py` the same over all sequences at once.
+`reference.py` is the definition, `torch_packed.py` the same over all sequences at once,
+`triton_kernels.py` in one launch.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from flowrl_kernels import backends, checks, native_library
+from flowrl_kernels import backends, checks, native_library, triton_support
 from flowrl_kernels.trajectory_balance import native, reference, torch_packed
 from flowrl_kernels.trajectory_balance.contract import TrajectoryBalance, WeightBound
 
@@ -105,6 +108,19 @@ def _can_run(call: backends.Call) -> str | None:
     return None
 
 
+def _triton_can_run(call: backends.Call) -> str | None:
+    if call.dtype != torch.float32:
+        return f"takes float32 log-probs, not {call.dtype}"
+    return triton_support.refusal(call)
+
+
+def _triton(*args: Any, **options: Any) -> TrajectoryBalance:
+    from flowrl_kernels.trajectory_balance import triton_kernels  # a machine may lack triton
+
+    return triton_kernels.trajectory_balance(*args, **options)
+
+
+backends.register("trajectory_balance", "triton", _triton_can_run)(_triton)
 backends.register("trajectory_balance", "reference", _can_run)(reference.trajectory_balance)
 backends.register("trajectory_balance", "torch", _can_run)(torch_packed.trajectory_balance)
 backends.register("trajectory_balance", "native", native_library.can_run)(native.trajectory_balance)

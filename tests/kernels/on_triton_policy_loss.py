@@ -1,0 +1,182 @@
+"""linear_policy_loss on Triton: trajectory balance in one pass, judged against the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from flowrl_kernels import (
+    Rows,
+    WeightBound,
+    linear_logprobs,
+    linear_policy_loss,
+    trajectory_balance,
+)
+from flowrl_kernels.head import triton_head
+from head_cases import Case, Watch
+from numerics import assert_within_budget
+from torch import Tensor
+from triton_cases import DEVICE, case_here, nan_in_new_memory
+
+__all__ = ["nan_in_new_memory"]
+OFFSETS = [0, 5, 5, 30, 31, 48, 65]  # one sequence is empty
+N, T, V = 6, 65, 130
+
+
+def objective_on(backend: str, dtype: torch.dtype):
+    """Trajectory balance by the backend under test, a value loss and an entropy bonus."""
+
+    def flow(logprobs: Tensor, entropy: Tensor | None, rows: Rows):
+        inputs = rows.inputs
+        balance = trajectory_balance(
+            logprobs,
+            inputs["old"],
+            inputs["ref"],
+            inputs["log_z"],
+            inputs["rewards"],
+            rows.cu_seqlens,
+            beta=2.0,
+            weight_bound=WeightBound(0.5, 2.0),
+            scale=1 / N,
+            backend=backend if dtype != torch.float64 else "reference",
+        )
+        loss = balance.loss + ((inputs["values"] - logprobs.detach()) ** 2).sum() / T
+        if entropy is not None:
+            loss = loss - 0.1 * entropy.sum()
+        return loss, {"residual": balance.residual}
+
+    return flow
+
+
+def inputs_for(dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(DEVICE, dtype)
+
+    sequence = {"log_z": draw(N).requires_grad_(), "rewards": draw(N)}
+    token = {"old": draw(T) * 0.01 - 5, "ref": draw(T) - 5, "values": draw(T).requires_grad_()}
+    return sequence, token
+
+
+def evaluate(case: Case, dtype: torch.dtype, backend: str, **options: Any) -> dict[str, Tensor]:
+    case = case.to(dtype)
+    sequence, token = inputs_for(torch.float64 if dtype == torch.float64 else torch.float32)
+    result = linear_policy_loss(
+        case.hidden,
+        case.weight,
+        case.targets,
+        torch.tensor(OFFSETS, dtype=torch.int32, device=DEVICE),
+        objective_on(backend, dtype),
+        sequence_inputs=sequence,
+        token_inputs=token,
+        backend=backend,
+        **options,
+    )
+    result.loss.backward()
+    found = {
+        "loss": result.loss.detach(),
+        "logprobs": result.logprobs,
+        "entropy": result.entropy,
+        "residual": result.metrics["residual"],
+        "dhidden": case.hidden.grad,
+        "dweight": case.weight.grad,
+        "dlog_z": sequence["log_z"].grad,
+        "dvalues": token["values"].grad,
+    }
+    return {name: x for name, x in found.items() if x is not None}
+
+
+def judge(dtype: torch.dtype, entropy: str, rows: int) -> None:
+    case = case_here(T, V, size=2)
+    case.targets = case.targets.where(case.targets < V - 7, 0)
+    options = {"temperature": 0.8, "vocab_size": V - 7, "entropy": entropy}
+    limit = V * (2 if dtype == torch.bfloat16 and DEVICE.type == "cuda" else 4) * rows
+    fused = evaluate(case, dtype, "triton", max_logits_bytes=limit, **options)
+    plain = evaluate(case, dtype, "reference", **options)
+    truth = evaluate(case, torch.float64, "reference", **options)
+    assert fused.keys() == truth.keys()
+    for name, value in fused.items():
+        assert_within_budget(value, plain[name], truth[name], name)
+
+
+# Rows a chunk: all; several sequences; less than the longest sequence (25 rows).
+@pytest.mark.parametrize("rows", [100, 30, 10])
+@pytest.mark.parametrize("entropy", ["none", "metric", "grad"])
+def test_error_budget(rows, entropy):
+    judge(torch.float32, entropy, rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_operands(dtype):
+    judge(dtype, "grad", 30)
+
+
+def test_equals_linear_logprobs_and_objective():
+    case = case_here(T, V, size=2).to(torch.float32)
+    sequence, token = inputs_for(torch.float32)
+    scores = linear_logprobs(
+        case.hidden, case.weight, case.targets, entropy="grad", backend="triton"
+    )
+    offsets = torch.tensor(OFFSETS, dtype=torch.int32, device=DEVICE)
+    rows = Rows(slice(0, N), slice(0, T), offsets, {**sequence, **token})
+    loss, _ = objective_on("triton", torch.float32)(scores.logprobs, scores.entropy, rows)
+    leaves = [case.hidden, case.weight, sequence["log_z"], token["values"]]
+    expected = torch.autograd.grad(loss, leaves)
+    found = evaluate(case, torch.float32, "triton", entropy="grad", max_logits_bytes=V * 4 * 20)
+    for name, gradient in zip(("dhidden", "dweight", "dlog_z", "dvalues"), expected, strict=True):
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_main_grad_is_added_to_in_place():
+    case = case_here(T, V).to(torch.float32)
+    main_grad = torch.full((V, 16), 2.0, device=DEVICE)
+    found = evaluate(case, torch.float32, "triton", main_grad=main_grad)
+    plain = evaluate(case, torch.float32, "triton")
+    assert "dweight" not in found
+    torch.testing.assert_close(main_grad - 2, plain["dweight"])
+
+
+def test_repeats_are_bitwise():
+    case = case_here(T, V, size=2)
+    options = {"entropy": "grad", "max_logits_bytes": V * 4 * 10}
+    once = evaluate(case, torch.float32, "triton", **options)
+    again = evaluate(case, torch.float32, "triton", **options)
+    for name, value in once.items():
+        assert torch.equal(value, again[name]), name
+
+
+@pytest.mark.parametrize(
+    ("hidden_grad", "weight_grad", "products"),
+    [(True, True, 2), (True, False, 1), (False, True, 1), (False, False, 0)],
+)
+def test_frozen_operands_cost_no_product(hidden_grad, weight_grad, products):
+    case = case_here(T, V)
+    case.hidden.requires_grad_(hidden_grad)
+    case.weight.requires_grad_(weight_grad)
+    sequence, token = inputs_for(torch.float32)
+    with Watch() as watch:
+        linear_policy_loss(
+            case.hidden,
+            case.weight,
+            case.targets,
+            torch.tensor(OFFSETS, dtype=torch.int32, device=DEVICE),
+            objective_on("triton", torch.float32),
+            sequence_inputs=sequence,
+            token_inputs=token,
+            backend="triton",
+        ).loss.backward()
+    assert watch.products == products
+
+
+def test_budget_sees_gradients_of_the_wrong_row(monkeypatch):
+    """Negative control: per-token gradients moved by one row."""
+    original = triton_head.head_dlogits_
+
+    def moved(out, tile_max, row_max, log_sum, factor, *rest):
+        original(out, tile_max, row_max, log_sum, factor.roll(1), *rest)
+
+    monkeypatch.setattr(triton_head, "head_dlogits_", moved)
+    with pytest.raises(AssertionError, match="dhidden: error"):
+        judge(torch.float32, "none", 30)

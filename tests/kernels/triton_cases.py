@@ -1,0 +1,46 @@
+"""Where the Triton tests run: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1) on a CPU.
+
+`python -m pytest tests/kernels/on_triton_*.py` runs them on a GPU; test_triton_interpreter.py runs
+the same files in the interpreter, in processes of their own: triton reads the variable once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from flowrl_kernels.triton_support import interpreting
+from head_cases import Case, make_case, outputs_and_gradients
+from numerics import assert_within_budget
+
+if not (interpreting() or torch.cuda.is_available()):
+    raise RuntimeError("the Triton tests need a GPU or TRITON_INTERPRET=1")
+
+DEVICE = torch.device("cpu" if interpreting() else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def nan_in_new_memory() -> Iterator[None]:
+    """torch.empty gives NaN: what a kernel leaves unwritten is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def case_here(num_rows: int, vocab: int, dim: int = 16, **options) -> Case:
+    case = make_case(num_rows, vocab, dim, **options)
+    return Case(case.hidden.to(DEVICE), case.weight.to(DEVICE), case.targets.to(DEVICE))
+
+
+def judge(case: Case, dtype: torch.dtype, *, but: tuple[str, ...] = (), **options) -> None:
+    """Every output and gradient of the triton backend keeps the error budget, `but` some."""
+    fused = outputs_and_gradients(case, dtype, backend="triton", **options)
+    options.pop("max_logits_bytes", None)
+    plain = outputs_and_gradients(case, dtype, backend="reference", **options)
+    truth = outputs_and_gradients(case, torch.float64, backend="reference", **options)
+    for name, value in fused.items():
+        if name not in but:
+            assert_within_budget(value, plain[name], truth[name], name)
+    assert (fused["logprobs"] <= 0).all()
