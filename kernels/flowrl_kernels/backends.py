@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("cuda", "triton", "native", "torch", "reference")
-"""Best first: the order in which an unnamed backend is picked."""
+BACKENDS = ("cuda", "native", "torch", "triton", "reference")
+"""The order in which an unnamed backend is picked. triton moves up to second once it has run on a
+GPU: until then it has to be named."""
 
 
 @dataclass(frozen=True)
