@@ -50,7 +50,7 @@ def test_a_named_backend_that_cannot_run_says_why_and_what_can(native):
         linear_logprobs(*doubles, backend="native")
     with pytest.raises(ValueError, match="'cuda' does not implement linear_logprobs"):
         resolve("linear_logprobs", "cuda", CPU)
-    with pytest.raises(ValueError, match="'fast' must be one of cuda, triton"):
+    with pytest.raises(ValueError, match="'fast' must be one of cuda, native"):
         resolve("linear_logprobs", "fast", CPU)
 
 
