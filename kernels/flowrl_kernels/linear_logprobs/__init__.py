@@ -135,7 +135,7 @@ backends.register("linear_logprobs", "triton", triton_support.refusal)(_triton)
 def _native(
     hidden: Tensor, weight: Tensor, *args: Any, max_logits_bytes: int | None, **options: Any
 ) -> LinearLogprobs:
-    limit = logits_bytes(weight.shape[0], max_logits_bytes)
+    limit = logits_bytes(weight, max_logits_bytes)
     return torch_chunked.linear_logprobs(
         hidden, weight, *args, kernels=NativeHead(), max_logits_bytes=limit, **options
     )

@@ -172,7 +172,7 @@ backends.register("linear_policy_loss", "triton", triton_support.refusal)(_trito
 def _native(
     hidden: Tensor, weight: Tensor, *args: Any, max_logits_bytes: int | None, **options: Any
 ) -> PolicyLoss:
-    limit = logits_bytes(weight.shape[0], max_logits_bytes)
+    limit = logits_bytes(weight, max_logits_bytes)
     return torch_chunked.linear_policy_loss(
         hidden, weight, *args, kernels=NativeHead(), max_logits_bytes=limit, **options
     )
