@@ -8,7 +8,6 @@
 STABLE_TORCH_LIBRARY(flowrl_native, m) {
   m.def("highest_level() -> int");
   m.def("best_level() -> int");
-  m.def("prefer_huge_pages(Tensor tensor) -> ()");
   m.def(
       "head_statistics(Tensor logits, Tensor targets, int vocab_start, bool entropy, int level)"
       " -> (Tensor row_max, Tensor sum_exp, Tensor target, Tensor sum_exp_z)");
@@ -38,7 +37,6 @@ STABLE_TORCH_LIBRARY_IMPL(flowrl_native, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(flowrl_native, CPU, m) {
   m.impl("head_statistics", TORCH_BOX(&flowrl::head_statistics));
   m.impl("head_dlogits_", TORCH_BOX(&flowrl::head_dlogits_));
-  m.impl("prefer_huge_pages", TORCH_BOX(&flowrl::prefer_huge_pages));
   m.impl("head_logits_", TORCH_BOX(&flowrl::head_logits_));
   m.impl("head_dhidden", TORCH_BOX(&flowrl::head_dhidden));
   m.impl("head_dweight_", TORCH_BOX(&flowrl::head_dweight_));

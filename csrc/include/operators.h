@@ -19,8 +19,6 @@ void head_dlogits_(Tensor logits, Tensor targets, int64_t vocab_start, double te
                    Tensor row_max, Tensor log_sum, Tensor dlogprobs, OptionalTensor dlse,
                    OptionalTensor row_entropy, OptionalTensor dentropy, int64_t level);
 
-void prefer_huge_pages(Tensor tensor);
-
 void head_logits_(Tensor out, Tensor hidden, Tensor weight, double scale, int64_t level);
 
 Tensor head_dhidden(Tensor dlogits, Tensor weight, int64_t level);

@@ -190,14 +190,6 @@ def test_products_do_not_depend_on_the_number_of_threads(level):
 
 
 @needs_library
-def test_advice_on_pages_changes_no_value():
-    tensor = torch.arange(3 << 20, dtype=torch.float32)[5:]
-    OPERATORS.prefer_huge_pages(tensor)
-    assert torch.equal(tensor, torch.arange(3 << 20, dtype=torch.float32)[5:])
-    OPERATORS.prefer_huge_pages(torch.empty(0))
-
-
-@needs_library
 def test_levels_without_products_say_so():
     weight = torch.zeros(4, 8).bfloat16()
     with pytest.raises(RuntimeError, match="products of bfloat16 need level 3 or 4, got 0"):

@@ -17,7 +17,7 @@ from flowrl_kernels.head import products as torch_products
 from flowrl_kernels.native_library import FIRST_WITH_PRODUCTS
 
 # The default of max_logits_bytes. In bfloat16, with products of our own, 256 rows of 151936 columns
-# run fastest; in float32, with torch's products, 384 rows do (3.2 s, not 3.6 s, at D 896, T 1024
+# run fastest; in float32, with torch's products, 384 rows do (3.2 s, 3.6 s with 256, at T 1024
 # on two cores of a Xeon). A smaller vocabulary has a workspace that malloc hands out again and
 # again: 1024 x 8192 take 49 ms with 16 MiB and 73 ms with 40 MiB, whose pages are new in every call.
 MOST_LOGITS_BYTES = {torch.bfloat16: 160 << 20, torch.float32: 256 << 20}
@@ -43,8 +43,6 @@ class NativeProducts:
         return torch_products.dhidden(dlogits, weight)
 
     def dweight_(self, total: Tensor, dlogits: Tensor, hidden: Tensor, beta: int) -> None:
-        if beta == 0:  # nobody has written to it
-            torch.ops.flowrl_native.prefer_huge_pages(total)
         if _native(hidden, self.level):
             torch.ops.flowrl_native.head_dweight_(
                 total, dlogits, hidden.contiguous(), beta == 1, self.level
@@ -66,9 +64,7 @@ class NativeHead:
         return head.dtype.itemsize
 
     def workspace(self, head: Head, num_rows: int) -> Tensor:
-        out = head.weight.new_empty(num_rows, head.weight.shape[0], dtype=head.dtype)
-        torch.ops.flowrl_native.prefer_huge_pages(out)
-        return out
+        return head.weight.new_empty(num_rows, head.weight.shape[0], dtype=head.dtype)
 
     def statistics(
         self, head: Head, hidden: Tensor, targets: Tensor, out: Tensor | None
