@@ -16,10 +16,10 @@ from flowrl_kernels.head import Head, LocalStatistics, Products, RowGradients, R
 from flowrl_kernels.head import products as torch_products
 from flowrl_kernels.native_library import FIRST_WITH_PRODUCTS
 
-# The default of max_logits_bytes. In bfloat16, with products of our own, 256 rows of 151936 columns
-# run fastest; in float32, with torch's products, 384 rows do (3.2 s, 3.6 s with 256, at T 1024
-# on two cores of a Xeon). A smaller vocabulary has a workspace that malloc hands out again and
-# again: 1024 x 8192 take 49 ms with 16 MiB and 73 ms with 40 MiB, whose pages are new in every call.
+# The default of max_logits_bytes: in bfloat16, with products of our own, 256 rows of 151936 columns
+# run fastest; in float32, with torch's products, 384. A smaller vocabulary has a workspace that
+# malloc hands out again and again: 1024 x 8192 take 49 ms with 16 MiB and 73 ms with 40 MiB, whose
+# pages are new in every call.
 MOST_LOGITS_BYTES = {torch.bfloat16: 160 << 20, torch.float32: 256 << 20}
 REUSED_LOGITS_BYTES = 16 << 20
 ENOUGH_ROWS = {torch.bfloat16: 256, torch.float32: 384}
