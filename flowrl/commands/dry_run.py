@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+from flowrl_kernels.head.chunks import DEFAULT_LOGITS_BYTES
 from rich.console import Console
 from rich.table import Table
 
@@ -17,8 +18,6 @@ from flowrl.schema import ConfigError
 from flowrl.settings import to_toml
 from flowrl.tasks import build_task
 from flowrl.trainer import check_layout
-
-LOGITS_BYTES = {"cpu": 256 << 20, "cuda": 3 << 30}
 
 
 def run(config: Config) -> None:
@@ -78,7 +77,7 @@ def _memory_table(config: Config, size: base_model.ModelSize, needs: frozenset[s
     head = blocks if "log_z" in needs else 0
     rows = 16 * config.batch.tokens_per_microbatch * size.vocabulary
     device = "cuda" if torch.cuda.is_available() and config.model.device != "cpu" else "cpu"
-    limit = config.kernels.max_logits_mb << 20 or LOGITS_BYTES[device]
+    limit = config.kernels.max_logits_mb << 20 or DEFAULT_LOGITS_BYTES[device]
     table = _table("memory per rank, without activations")
     parts = {
         f"policy, {size.parameters:,} parameters: weights, gradients, moments (float32)": (
