@@ -130,9 +130,11 @@ class LossBatch:
     rollout_logprobs: Tensor | None = None  # (T,) the sampler's own
     response_mask: Tensor | None = None  # (T,) bool; None: every token counts
     entropy: Tensor | None = None  # (T,)
-    values: Tensor | None = None  # (T,)
-    old_values: Tensor | None = None  # (T,)
+    values: Tensor | None = None  # (T,) value of the state before each token
+    old_values: Tensor | None = None  # (T,) the same before the step's first update
+    rollout_weights: Tensor | None = None  # (T,) correction of sampler against trainer; None: 1
     advantages: Tensor | None = None  # (N,) or (T,), from prepare
+    returns: Tensor | None = None  # (T,) what values are fitted to, from prepare
     log_z: Tensor | None = None  # (N,) a group's members share the prompt's value
     group_log_z: Tensor | None = None  # (N,) the group's own estimate, without gradient
     truncated: Tensor | None = None  # (N,) bool
@@ -176,7 +178,7 @@ class LossBatch:
 
 _PER_TOKEN = {
     "logprobs", "old_logprobs", "ref_logprobs", "rollout_logprobs", "response_mask", "entropy",
-    "values", "old_values",
+    "values", "old_values", "rollout_weights", "returns",
 }  # fmt: skip
 
 

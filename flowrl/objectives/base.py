@@ -11,7 +11,7 @@ The trainer drives all objectives through this one interface and never asks for 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -43,6 +43,23 @@ class LogZDefaults:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
+@dataclass(frozen=True)
+class TrustRegion:
+    """A bound on how far one update may move the policy; the trainer measures and enforces it."""
+
+    max_kl: float
+    """Largest mean KL(old || new) per response token, in nats."""
+    method: Literal["line_search", "conjugate_gradient"]
+    """line_search: shorten the optimizer's step until the bound holds and the surrogate improves.
+    conjugate_gradient: a natural-gradient step of that length first; for small models."""
+    max_backtracks: int = 10
+    backtrack: float = 0.5
+    """Factor of each shortening."""
+    damping: float = 0.1
+    """Added to the Fisher matrix's diagonal."""
+    cg_iterations: int = 10
+
+
 class Objective(ABC):
     """A loss over packed sequences that is a sum of per-sequence terms divided by `batch.totals`.
 
@@ -54,6 +71,8 @@ class Objective(ABC):
     name: ClassVar[str]
     Options: ClassVar[type]
     coupling: Literal["sequence", "group"] = "sequence"
+    loop_defaults: ClassVar[Mapping[str, Any]] = {}
+    """What the published method sets in [loop]; the section's own values override it."""
 
     def __init__(self, options: Any, backend: str | None = None) -> None:
         self.options = options
@@ -62,8 +81,9 @@ class Objective(ABC):
     @property
     @abstractmethod
     def needs(self) -> frozenset[str]:
-        """Subset of: "ref", "log_z", "entropy", "values", "old" (a ratio to the old policy; None in
-        `old_logprobs` means on-policy) and "old_pass" (`prepare` reads `old_logprobs`)."""
+        """Subset of: "ref", "log_z", "entropy", "values" (a scalar head over the states before each
+        token), "old" (a ratio to the old policy; None in `old_logprobs` means on-policy),
+        "old_pass" (`prepare` reads `old_logprobs`) and "kl_old_new" (`after_update` is called)."""
 
     @property
     def beta(self) -> float | None:
@@ -73,6 +93,25 @@ class Objective(ABC):
     @property
     def log_z_defaults(self) -> LogZDefaults:
         return LogZDefaults()
+
+    @property
+    def trust_region(self) -> TrustRegion | None:
+        """The bound that the trainer enforces on every update, or None."""
+        return None
+
+    def after_update(self, kl_old_new: float) -> None:
+        """Called after each update where `needs` holds "kl_old_new": the mean over the update's
+        tokens, all ranks, of k3 for KL(old || new). Adapts coefficients, the same on every rank."""
+        raise ValueError(f"{self.name} adapts nothing; leave kl_old_new out of its needs")
+
+    def state(self) -> dict[str, float]:
+        """What updates have adapted; part of a checkpoint."""
+        return {}
+
+    def load_state(self, state: Mapping[str, float]) -> None:
+        """Continues from what `state` gave."""
+        if state:
+            raise ValueError(f"{self.name} has no state to load, got {sorted(state)}")
 
     @abstractmethod
     def prepare(self, batch: LossBatch, all_reduce: AllReduce = identity) -> LossBatch:
