@@ -1,7 +1,7 @@
 """Two processes compute what one does.
 
 Adam divides each gradient by its own size, so an entry that is rounding noise moves by the whole
-learning rate in an arbitrary direction; an epsilon far above that noise keeps such entries still."""
+learning rate in an arbitrary direction; an epsilon far above that noise keeps it still."""
 
 import json
 import subprocess
