@@ -24,7 +24,7 @@ from flowrl.objectives.aggregation import (
     sequence_mean,
     unmasked,
 )
-from flowrl.objectives.base import AllReduce, Metrics, Objective, given, identity
+from flowrl.objectives.base import AllReduce, FixedPoint, Metrics, Objective, given, identity
 from flowrl.objectives.groups import group_mean, group_sizes
 from flowrl.records import LossBatch
 from flowrl.schema import require
@@ -167,6 +167,13 @@ class SquaredResidual(Objective):
     def beta(self) -> float | None:
         """None for z-scored rewards: their effective gap depends on how many members are right."""
         return self.settings.beta if self.settings.reward == "raw" else None
+
+    @property
+    def fixed_point(self) -> FixedPoint | None:
+        settings = self.settings
+        if settings.log_z == "zero":  # nothing makes it sum to 1
+            return None
+        return FixedPoint(settings.beta, settings.length_norm, settings.reward)
 
     def prepare(self, batch: LossBatch, all_reduce: AllReduce = identity) -> LossBatch:
         """rhat as `advantages` (N,): the raw reward or its z-score over the group."""
