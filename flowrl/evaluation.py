@@ -61,7 +61,7 @@ class Evaluator:
             metrics["diversity/judge_score"] = float(np.mean(judged))
         exact = self._exact(backend) if backend is not None else []
         if exact:
-            metrics |= _mean([row["measures"] for row in exact])
+            metrics |= {k: float(np.mean(v)) for k, v in _by_name(exact).items()}
         detail = {
             "set": self.task.name,
             "problems": [{k: v for k, v in p.items() if k != "correct"} for p in problems],
@@ -190,7 +190,6 @@ class Evaluator:
 
     def _exact_detail(self, exact: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Whole distributions of a few prompts, and every measure of every prompt."""
-        names = exact[0]["measures"]
         return {
             "beta": self.target_beta,
             "nominal_beta": self.nominal_beta,
@@ -199,9 +198,11 @@ class Evaluator:
                 {k: v for k, v in row.items() if k != "measures"}
                 for row in exact[:EXACT_PROMPTS_KEPT]
             ],
-            "per_prompt": {name: [row["measures"][name] for row in exact] for name in names},
+            "per_prompt": _by_name(exact),
         }
 
 
-def _mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+def _by_name(exact: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Values per prompt of each measure that all prompts have."""
+    rows = [row["measures"] for row in exact]
+    return {name: [row[name] for row in rows] for name in rows[0] if all(name in r for r in rows)}
