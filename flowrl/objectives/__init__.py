@@ -44,13 +44,11 @@ __all__ = [
     "names",
 ]
 
-OBJECTIVES: dict[str, type[Objective]] = {
-    cls.name: cls
-    for cls in (
-        FlowRL, TB, VarGrad, GFlowRL, TBA, GVPO, KimiPMD, FTB, SubTB, DB,
-        RLOO, RLOOKL, GRPO,
-    )  # fmt: skip
-}
+_CLASSES: tuple[type[Objective], ...] = (
+    FlowRL, TB, VarGrad, GFlowRL, TBA, GVPO, KimiPMD, FTB, SubTB, DB,
+    RLOO, RLOOKL, GRPO,
+)  # fmt: skip
+OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in _CLASSES}
 
 
 @dataclass(frozen=True)

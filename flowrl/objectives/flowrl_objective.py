@@ -53,8 +53,8 @@ class FlowRL(SquaredResidual):
         """Source to follow: paper, release, recipe or recipe_2025_11; sets the bound and the head's
         defaults. Unset: an upper clamp of the weight at 10, a float32 head without dropout."""
         log_z: LogZKind = "learned"
-        """log Z: learned (the partition head), group_mean, group_best, group_mean_old or mean_reward
-        (of the group, detached, without parameters), or zero."""
+        """log Z: learned (the partition head), zero, or without parameters from the group:
+        group_mean, group_best, group_mean_old or mean_reward."""
         length_norm: bool = True
         """Means over response tokens instead of sums. Moves the fixed point: docs/math.md."""
         reward: Literal["raw", "zscore"] = "zscore"

@@ -37,7 +37,7 @@ def evaluate(
     mask: Tensor | None,  # (T,) bool
     backend: str | None,
 ) -> Residuals:
-    """    residual_i = log_z_i + m_t(logprobs) - beta * advantages_i - m_t(anchor)
+    """residual_i = log_z_i + m_t(logprobs) - beta * advantages_i - m_t(anchor)
     loss       = scale / divisor * sum_i  w_i * c_i * phi(residual_i)
 
     c_i is the correction of sampler against trainer (aggregation.rollout_correction). With a gap

@@ -1,4 +1,4 @@
-"""The squared-residual family's switches: its one configuration, and what a recipe can set of it."""
+"""The squared-residual family's one configuration, and what a recipe can set of it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from flowrl_kernels import WeightBound
 from flowrl.objectives.phi import SQUARE, Phi
 from flowrl.schema import require
 
-LogZKind = Literal[
-    "learned", "group_mean", "group_best", "group_mean_old", "mean_reward", "zero"
-]
+LogZKind = Literal["learned", "group_mean", "group_best", "group_mean_old", "mean_reward", "zero"]
 """learned         the partition head
 group_mean      the group's mean of what makes a residual 0, at the current policy
 group_best      the constant with the least mean phi over the group; group_mean where phi is square

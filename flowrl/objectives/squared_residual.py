@@ -179,4 +179,3 @@ def _outside(log_weight: Tensor, bound: WeightBound | None) -> Tensor:
     if bound is not None and bound.low is not None:
         outside |= log_weight.exp() < bound.low
     return outside
-

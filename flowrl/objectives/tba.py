@@ -8,7 +8,9 @@ Source: arXiv:2503.18929.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from flowrl.objectives.residual_settings import ResidualOptions, ResidualSettings, with_bound
 from flowrl.objectives.squared_residual import SquaredResidual
@@ -21,7 +23,11 @@ class TBA(SquaredResidual):
     """residual = d - mean_G(d), d = log pi_theta(y) - log pi_ref(y) - r / kl_coef."""
 
     name = "tba"
-    loop_defaults = {"replay_fraction": 0.05, "replay_priority": "reward", "replay_capacity": 1000}
+    loop_defaults: ClassVar[Mapping[str, Any]] = {
+        "replay_fraction": 0.05,
+        "replay_priority": "reward",
+        "replay_capacity": 1000,
+    }
 
     @dataclass(frozen=True)
     class Options(ResidualOptions):

@@ -188,7 +188,9 @@ def test_scale_matters_where_nothing_is_divided(name, options):
     assert change_of_gradient(name, options, batch, batch.rewards * 2) > 0.01
 
 
-@pytest.mark.parametrize(("name", "options"), [c for c in CASES if "old_pass" not in build(*c).needs])
+@pytest.mark.parametrize(
+    ("name", "options"), [c for c in CASES if "old_pass" not in build(*c).needs]
+)
 def test_a_skipped_old_pass_is_a_ratio_of_one(name, options):
     batch = random_batch(2, [3, 3])
     explicit, explicit_gradient, _ = evaluate(

@@ -134,12 +134,12 @@ def test_f_alpha_by_its_published_form():
 
 @pytest.mark.parametrize("phi", PHIS)
 def test_phi_is_convex_with_its_minimum_at_zero_far_out_too(phi):
-    d = torch.linspace(-40, 40, 801, dtype=torch.float64, requires_grad=True)
+    d = (torch.arange(-400, 401, dtype=torch.float64) / 10).requires_grad_()
     value = phi(d)
     (slope,) = torch.autograd.grad(value.sum(), d)
     assert torch.isfinite(value).all()
     assert float(value.detach().min()) == float(value[400].detach()) == 0.0
-    assert (slope.diff() >= 0).all()
+    assert (slope.diff() >= -1e-9 * slope[1:].abs()).all()
     assert (slope[d > 0.1] > 0).all()
     assert (slope[d < -0.1] < 0).all()
     single = phi(torch.full((1,), 1e4))
@@ -161,7 +161,7 @@ def test_the_best_constant_has_the_least_mean_of_its_group(phi):
     include[3] = include[8] = False
     constant = leaf(phi.best_constant(residual, groups, include))
     mean = group_mean(residual, groups, include)
-    assert float(constant[8]) == 0.0  # a group without a member that counts
+    assert float(constant[8].detach()) == 0.0  # a group without a member that counts
     for group in (5, 2):
         members = (groups == group) & include
         value = phi(residual[members] + constant[members]).sum()
