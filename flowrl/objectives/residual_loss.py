@@ -101,9 +101,14 @@ def plain(
     weight = torch.where(counted, _bounded(log_weight, settings.weight_bound), 1.0)
     weight = weight * rollout_correction(batch).double()
     loss = loss_scale(settings, batch) * (weight * settings.phi(residual)).sum()
-    outputs = (residual, log_weight, weight, z_estimate)
+    dtype = logprobs.dtype
     return Residuals(
-        loss.to(logprobs.dtype), *(x.detach().to(logprobs.dtype) for x in outputs), counted
+        loss.to(dtype),
+        residual.detach().to(dtype),
+        log_weight.to(dtype),
+        weight.to(dtype),
+        z_estimate.detach().to(dtype),
+        counted,
     )
 
 

@@ -88,7 +88,7 @@ def test_gflowrl_at_the_old_policy_is_vargrad_with_clipped_residuals():
     batch = batch.replace(logprobs=batch.old_logprobs)
     options = {"beta": 0.7}
     vargrad, gradient, _ = evaluate("vargrad", batch, **options)
-    free, free_gradient, _ = evaluate("gflowrl", batch, gap_clip=False, **options)
+    _, free_gradient, _ = evaluate("gflowrl", batch, gap_clip=False, **options)
     assert_close(free_gradient, gradient)
     clipped, clipped_gradient, _ = evaluate("gflowrl", batch, **options)
     expected = vargrad.metrics["residual"].clamp(-0.2, 0.28)
@@ -103,6 +103,7 @@ def test_gflowrl_adds_the_move_since_the_old_policy_to_a_fixed_gap():
     result, _, _ = evaluate("gflowrl", batch, beta=0.7)
     assert batch.old_logprobs is not None
     at_old, _, _ = evaluate("gflowrl", batch.replace(logprobs=batch.old_logprobs), beta=0.7)
+    assert batch.logprobs is not None
     moved = segments(batch, batch.logprobs - batch.old_logprobs)
     assert_close(result.metrics["residual"], at_old.metrics["residual"] + moved)
     assert_close(result.metrics["log_z"], at_old.metrics["log_z"])
@@ -178,7 +179,7 @@ def test_the_samplers_correction_multiplies_the_weight_alone(name):
     batch = random_batch(17, [3, 3], masked=False)
     plain, _, _ = evaluate(name, batch)
     starts = batch.cu_seqlens.long()
-    weights = torch.ones_like(batch.logprobs)
+    weights = torch.ones(int(starts[-1]), dtype=torch.float64)
     factors = torch.ones(6, dtype=torch.float64)
     for sequence, (first, factor) in enumerate([(1.2, 1.2), (4.0, 2.0), (0.0, 0.0)]):
         weights[starts[sequence]] = first

@@ -64,8 +64,8 @@ def all_pairs(batch, beta: float, lam: float) -> torch.Tensor:
 )
 def test_linear_sums_are_the_sums_over_all_pairs(seed, lam, group_sizes):
     batch = random_batch(seed, group_sizes)
-    batch = batch.replace(logprobs=leaf(batch.logprobs), values=leaf(batch.values))
-    leaves = (batch.logprobs, batch.values)
+    leaves = (leaf(batch.logprobs), leaf(batch.values))
+    batch = batch.replace(logprobs=leaves[0], values=leaves[1])
     fast = loss("subtb", batch, beta=1.5, lam=lam).loss
     slow = all_pairs(batch, 1.5, lam)
     assert_close(fast.detach(), slow.detach())
@@ -83,8 +83,9 @@ def test_a_long_sequence_with_a_large_offset_keeps_its_digits():
     moves = torch.randn(length, generator=generator, dtype=torch.float64)
     rows = {"logprobs": [moves.tolist()], "ref_logprobs": [[0.0] * length]}
     batch = batch_from_rows(rows, [1e6], [0])
-    batch = batch.replace(values=1e6 + torch.randn(length, generator=generator).double())
-    near = batch.replace(values=batch.values - 1e6, rewards=batch.rewards - 1e6)
+    values = torch.randn(length, generator=generator).double()
+    batch = batch.replace(values=1e6 + values)
+    near = batch.replace(values=values, rewards=batch.rewards - 1e6)
     for lam in (0.9, 1.0):
         far_loss, near_loss = (loss("subtb", b, beta=1.0, lam=lam).loss for b in (batch, near))
         assert_close(far_loss, near_loss, rtol=1e-7)
@@ -92,6 +93,9 @@ def test_a_long_sequence_with_a_large_offset_keeps_its_digits():
 
 def test_subtb_without_decay_is_the_variance_along_time():
     batch = random_batch(1, [3], masked=False)
+    assert batch.logprobs is not None
+    assert batch.values is not None
+    assert batch.ref_logprobs is not None
     total = 0.0
     for n, (start, stop) in enumerate(pairwise(batch.cu_seqlens.tolist())):
         moves = (batch.logprobs - batch.ref_logprobs)[start:stop]
@@ -131,6 +135,7 @@ def test_discounted_sums_stay_inside_their_segments():
 def test_a_broken_sequence_leaves_the_others_alone():
     """One NaN log-prob is the fault of its own sequence only."""
     batch = random_batch(3, [4], masked=False)
+    assert batch.logprobs is not None
     logprobs = batch.logprobs.clone()
     logprobs[int(batch.cu_seqlens[1])] = torch.nan
     metrics = loss("subtb", batch.replace(logprobs=logprobs)).metrics
