@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from flowrl.loop_config import LoopConfig
 from flowrl.schema import ConfigError, build, require
 
 
@@ -114,6 +115,16 @@ class LogZConfig:
             self.dropout is None or 0 <= self.dropout < 1,
             f"log_z.dropout must be in [0, 1), got {self.dropout}; set log_z.dropout=0",
         )
+
+
+@dataclass(frozen=True)
+class ValueHeadConfig:
+    """The value (or flow) head; used when the objective needs it."""
+
+    detach_hidden: bool = False
+    """Stop the head's gradient at the backbone's hidden states."""
+    lr: float | None = None
+    """Learning rate of the head. Unset: optimizer.lr."""
 
 
 @dataclass(frozen=True)
@@ -307,9 +318,11 @@ class Config:
     base: BaseConfig = field(default_factory=BaseConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     log_z: LogZConfig = field(default_factory=LogZConfig)
+    value_head: ValueHeadConfig = field(default_factory=ValueHeadConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
