@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from flowrl.loop_config import LoopConfig
 from flowrl.schema import ConfigError, build, require
 
 
@@ -117,6 +118,16 @@ class LogZConfig:
 
 
 @dataclass(frozen=True)
+class ValueHeadConfig:
+    """The value (or flow) head; used when the objective needs it."""
+
+    detach_hidden: bool = False
+    """Stop the head's gradient at the backbone's hidden states."""
+    lr: float | None = None
+    """Learning rate of the head. Unset: optimizer.lr."""
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     engine: Literal["hf", "replay"] = "hf"
     """Sampler: hf (transformers, in process) or replay (recorded rollouts of another run)."""
@@ -186,7 +197,7 @@ class BatchConfig:
 @dataclass(frozen=True)
 class ObjectiveConfig:
     name: str = "flowrl"
-    """Objective: flowrl, tb, vargrad, rloo, rloo_kl or grpo. Its options: --objective.KEY."""
+    """Objective: see flowrl/objectives/__init__.py. Its options: --objective.KEY."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the objective; its own Options dataclass checks them."""
 
@@ -307,9 +318,11 @@ class Config:
     base: BaseConfig = field(default_factory=BaseConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     log_z: LogZConfig = field(default_factory=LogZConfig)
+    value_head: ValueHeadConfig = field(default_factory=ValueHeadConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

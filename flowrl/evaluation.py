@@ -183,6 +183,7 @@ class Evaluator:
             "outcomes": [o.text for o in answers.outcomes],
             "rewards": answers.rewards,
             "reference": answers.reference,
+            "reference_version": answers.reference_version,
             "target": targets.nominal.probabilities.tolist(),
             "policy": policy,
             "measures": measure(answers, policy, targets),
@@ -193,6 +194,7 @@ class Evaluator:
         return {
             "beta": self.target_beta,
             "nominal_beta": self.nominal_beta,
+            "reference_version": exact[0]["reference_version"],
             "fixed_point": None if self.fixed_point is None else asdict(self.fixed_point),
             "prompts": [
                 {k: v for k, v in row.items() if k != "measures"}

@@ -43,6 +43,7 @@ class Answers:
     lengths: Sequence[int]  # response tokens, EOS included
     rollouts: Sequence[Rollout]
     reference: list[float]
+    reference_version: int  # times that the loop has reset the reference
 
     @property
     def rewards(self) -> list[float]:
@@ -60,27 +61,31 @@ class Answers:
 
 
 class Tabulator:
-    """Tables of one run; a prompt's reference is tabulated once, since it never changes."""
+    """Tables of one run. A prompt's reference is tabulated once: it changes only when the loop
+    resets it, and then has another version."""
 
     def __init__(self, config: Config, task: Task, tokenizer: Any) -> None:
         self.task = task
         self.tokenizer = tokenizer
         self.max_new_tokens = config.rollout.max_new_tokens
         self.tokens_per_microbatch = config.batch.tokens_per_microbatch
-        self._known: dict[int, Answers] = {}
+        self._known: dict[tuple[int, int], Answers] = {}  # by version and prompt
 
     def answers(self, prompt: Prompt, backend: Backend) -> Answers | None:
         """`prompt` is an encoded one. Raises ConfigError for answers that the sampler cannot reach
         within rollout.max_new_tokens."""
-        if prompt.index not in self._known:
+        key = (backend.reference_version, prompt.index)
+        if key not in self._known:
             outcomes = self.task.outcomes(prompt)
             if outcomes is None:
                 return None
             rollouts = self._rollouts(prompt, outcomes)
             lengths = [len(r.response_ids) for r in rollouts]
             reference = self._tabulate(rollouts, backend, reference=True)
-            self._known[prompt.index] = Answers(prompt, outcomes, lengths, rollouts, reference)
-        return self._known[prompt.index]
+            self._known[key] = Answers(
+                prompt, outcomes, lengths, rollouts, reference, backend.reference_version
+            )
+        return self._known[key]
 
     def probabilities(self, answers: Answers, backend: Backend) -> list[float]:
         """q(y) of every answer under the backend's current policy."""

@@ -20,10 +20,16 @@ from torch import Tensor
 from flowrl.config import ConfigError, build_options
 from flowrl.objectives.base import LogZDefaults, Metrics, Objective, count_totals
 from flowrl.objectives.flowrl_objective import FlowRL
+from flowrl.objectives.ftb import FTB
+from flowrl.objectives.gflowrl import GFlowRL
 from flowrl.objectives.grpo import GRPO
+from flowrl.objectives.gvpo import GVPO
+from flowrl.objectives.kimi_pmd import KimiPMD
 from flowrl.objectives.rloo import RLOO
 from flowrl.objectives.rloo_kl import RLOOKL
+from flowrl.objectives.subtb import DB, SubTB
 from flowrl.objectives.tb import TB
+from flowrl.objectives.tba import TBA
 from flowrl.objectives.vargrad import VarGrad
 from flowrl.records import LossBatch
 from flowrl.schema import nearest
@@ -38,9 +44,11 @@ __all__ = [
     "names",
 ]
 
-OBJECTIVES: dict[str, type[Objective]] = {
-    cls.name: cls for cls in (FlowRL, TB, VarGrad, RLOO, RLOOKL, GRPO)
-}
+_CLASSES: tuple[type[Objective], ...] = (
+    FlowRL, TB, VarGrad, GFlowRL, TBA, GVPO, KimiPMD, FTB, SubTB, DB,
+    RLOO, RLOOKL, GRPO,
+)  # fmt: skip
+OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in _CLASSES}
 
 
 @dataclass(frozen=True)

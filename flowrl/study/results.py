@@ -80,7 +80,9 @@ def _run_row(run: Run, failure: str | None) -> dict[str, Any]:
         "seconds": round(sum(r.get("timing_s/step", 0.0) for r in data.timing), 1),
         "environment": {k: data.environment.get(k) for k in ("flowrl", "git_commit", "torch")},
         "objective": {k: data.config["objective"].get(k) for k in ("name", "options")},
-        "target": {k: exact.get(k) for k in ("beta", "nominal_beta", "fixed_point")},
+        "target": {
+            k: exact.get(k) for k in ("beta", "nominal_beta", "fixed_point", "reference_version")
+        },
         "reference": _context(exact),
         "found": _found(samples),
         "per_prompt": {name: [_short(v) for v in held] for name, held in values.items()},

@@ -17,6 +17,17 @@ CASES = [
     ("flowrl", {"log_z": "zero"}),
     ("tb", {"bound": "recipe"}),
     ("vargrad", {}),
+    ("gflowrl", {}),
+    ("gflowrl", {"gap_clip": False, "bound": "none"}),
+    ("tba", {"kl_coef": 0.5}),
+    ("gvpo", {"beta": 2.0}),
+    ("kimi_pmd", {"beta": 2.0}),
+    ("ftb", {}),
+    ("ftb", {"phi": "shifted_cosh"}),
+    ("ftb", {"phi": "huber", "log_z": "learned", "bound": "paper"}),
+    ("subtb", {}),
+    ("subtb", {"lam": 1.0}),
+    ("db", {}),
     ("rloo", {}),
     ("rloo_kl", {}),
     ("grpo", {}),
@@ -102,7 +113,7 @@ def test_masked_tokens_may_hold_anything(name, options, seed, group_sizes):
     result, gradient, _ = evaluate(name, batch, **options)
     holes = {
         field: torch.where(batch.mask, getattr(batch, field), torch.nan)
-        for field in ("logprobs", "old_logprobs", "ref_logprobs")
+        for field in ("logprobs", "old_logprobs", "ref_logprobs", "values")
     }
     holed, holed_gradient, _ = evaluate(name, batch.replace(**holes), **options)
     assert_close(holed.loss.detach(), result.loss.detach())
@@ -121,16 +132,24 @@ def test_a_nan_that_is_not_masked_reaches_the_loss(name, options):
     assert torch.isnan(loss(name, batch.replace(logprobs=logprobs), **options).loss)
 
 
-SHIFT_CHANGES = [("tb", {}), ("flowrl", {"reward": "raw"})]
+SHIFT_CHANGES = [("tb", {}), ("flowrl", {"reward": "raw"}), ("subtb", {}), ("db", {})]
 SHIFT_LEAVES = [
     ("vargrad", {}),
+    ("gflowrl", {}),
+    ("tba", {}),
+    ("gvpo", {}),
+    ("kimi_pmd", {}),
+    ("ftb", {"beta": 0.1}),
     ("rloo", {}),
     ("rloo_kl", {}),
     ("grpo", {}),
     ("flowrl", {}),
     ("flowrl", {"reward": "raw", "log_z": "group_mean"}),
 ]
-DOUBLING_CHANGES = [("vargrad", {}), ("rloo", {}), ("rloo_kl", {}), ("tb", {})]
+DOUBLING_CHANGES = [
+    ("gvpo", {}), ("kimi_pmd", {}), ("ftb", {"beta": 0.5}), ("subtb", {}), ("vargrad", {}),
+    ("rloo", {}), ("rloo_kl", {}), ("tb", {}),
+]  # fmt: skip
 DOUBLING_LEAVES = [("grpo", {}), ("flowrl", {})]
 
 
@@ -169,7 +188,9 @@ def test_scale_matters_where_nothing_is_divided(name, options):
     assert change_of_gradient(name, options, batch, batch.rewards * 2) > 0.01
 
 
-@pytest.mark.parametrize(("name", "options"), [c for c in CASES if c[0] != "rloo_kl"])
+@pytest.mark.parametrize(
+    ("name", "options"), [c for c in CASES if "old_pass" not in build(*c).needs]
+)
 def test_a_skipped_old_pass_is_a_ratio_of_one(name, options):
     batch = random_batch(2, [3, 3])
     explicit, explicit_gradient, _ = evaluate(
@@ -201,7 +222,7 @@ def test_float32_follows_float64(name, options):
     result, gradient, _ = evaluate(name, batch, **options)
     single = {
         field: getattr(batch, field).float()
-        for field in ("logprobs", "old_logprobs", "ref_logprobs", "rewards", "log_z")
+        for field in ("logprobs", "old_logprobs", "ref_logprobs", "rewards", "log_z", "values")
     }
     low, low_gradient, _ = evaluate(name, batch.replace(**single), **options)
     assert low.loss.dtype == torch.float32
