@@ -24,6 +24,7 @@ def batch_from_rows(
         rewards=torch.tensor(rewards, dtype=torch.float64),
         group_ids=torch.tensor(group_ids),
         cu_seqlens=to_cu_seqlens(lengths),
+        log_z=torch.zeros(len(rewards), dtype=torch.float64),
         **flat,
     )
 
