@@ -198,6 +198,15 @@ def test_trpo_penalty_doubles_and_halves(measured, expected):
     assert resumed.state() == objective.state()
 
 
+def test_trpo_penalty_comes_back_from_a_long_stillness():
+    objective = build("trpo")
+    for _ in range(2000):
+        objective.after_update(0.0)
+    assert objective.state() == {"kl_penalty": 1e-6}
+    objective.after_update(1.0)
+    assert objective.state() == {"kl_penalty": 2e-6}
+
+
 def test_trpo_penalty_is_the_kl_of_old_and_new():
     """loss = mean_t(-A rho + c (rho - 1 - log rho)), gradient (-A rho + c (rho - 1)) / tokens."""
     rows = {"old_logprobs": [[-1.0, -1.0], [-1.0]], "logprobs": [[-0.8, -1.3], [-1.0]]}
