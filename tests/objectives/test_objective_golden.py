@@ -18,7 +18,7 @@ from loss_batches import (
     two_groups_of_four,
 )
 
-from flowrl.objectives import build, count_totals, squared_residual
+from flowrl.objectives import build, count_totals, residual_settings
 from flowrl.records import to_cu_seqlens
 
 # One group of four; the gradient is that of each token of a row.
@@ -71,6 +71,10 @@ OBJECTIVE_TABLE = [
     (
         "tb", {"beta": 2.0}, 2.794688, 9.962500, -9.112500,
         [-0.500000, 0.050000, -0.487500, -0.525000, -0.087500], [-0.762500, -1.700000],
+    ),
+    (
+        "kimi_pmd", {"beta": 10.0}, 0.224684, 0.289375, -0.027625,
+        [-0.013250, 0.012500, -0.012875, -0.006250, 0.018375], None,
     ),
     (
         "flowrl", {"preset": "paper"}, 160.654030, 23.597696, 0.827055,
@@ -150,7 +154,7 @@ def test_advantages_of_any_origin(shape):
 
 def test_the_paper_row_sees_a_weight_that_is_computed_and_not_used(monkeypatch):
     """Negative control: the released code's defect, multiplying by the raw weight."""
-    monkeypatch.setitem(squared_residual.BOUNDS, "paper", squared_residual.BOUNDS["release"])
+    monkeypatch.setitem(residual_settings.BOUNDS, "paper", residual_settings.BOUNDS["release"])
     result, _, _ = evaluate("flowrl", one_group_of_four(), preset="paper")
     assert abs(float(result.loss.detach()) - 173.395456) > 100
 

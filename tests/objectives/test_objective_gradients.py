@@ -6,7 +6,7 @@ import pytest
 import torch
 from loss_batches import assert_close, every_objective, leaf, random_batch
 
-from flowrl.objectives import build, count_totals
+from flowrl.objectives import build, count_totals, names
 
 # Moving old with current log-probs freezes the importance weight, which carries no gradient.
 FROZEN_WEIGHT = [
@@ -20,8 +20,21 @@ FROZEN_WEIGHT = [
     ("vargrad", {"beta": 0.5}),
     ("cispo", {}),
     ("cispo", {"clip_eps_low": 1.0, "aggregation": "token-sum"}),
+    ("tba", {"kl_coef": 0.5}),
+    ("ftb", {"alpha": 1.2, "bound": "recipe"}),
 ]
 FREE_RATIO = [
+    ("gvpo", {"beta": 2.0}),
+    ("kimi_pmd", {"beta": 2.0}),
+    ("gflowrl", {"bound": "none"}),
+    ("ftb", {}),
+    ("ftb", {"alpha": 2.0}),
+    ("ftb", {"phi": "linex"}),
+    ("ftb", {"phi": "shifted_cosh", "log_z": "learned"}),
+    ("ftb", {"phi": "huber", "log_z": "learned"}),
+    ("subtb", {}),
+    ("subtb", {"lam": 1.0, "beta": 0.5}),
+    ("db", {}),
     ("rloo", {}),
     ("rloo_kl", {"beta": 2.0}),
     ("grpo", {"kl_coef": 0.3}),
@@ -41,7 +54,8 @@ FREE_RATIO = [
     ("trpo", {"kl_penalty": 3.0}),
     ("trpo", {"method": "line_search", "critic": True}),
 ]
-FREE_RATIO = every_objective(FREE_RATIO, without=FROZEN_WEIGHT)
+# GFlowRL's residual and its frozen weight both hold old log-probs: it is checked without weight.
+FREE_RATIO = every_objective(FREE_RATIO, without=[*FROZEN_WEIGHT, ("gflowrl", {})])
 CASES = [(*case, True) for case in FROZEN_WEIGHT] + [(*case, False) for case in FREE_RATIO]
 STEP = 1e-5
 
@@ -99,7 +113,19 @@ def test_gradient_in_log_z():
     assert torch.autograd.gradcheck(value, (log_z,), atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["flowrl", "vargrad"])
+@pytest.mark.parametrize(("name", "options"), [("subtb", {}), ("subtb", {"lam": 1.0}), ("db", {})])
+def test_gradient_in_values(name, options):
+    objective = build(name, options)
+    batch = prepared_batch(objective, seed=4)
+    values = leaf(batch.values)
+
+    def value(v):
+        return objective.loss(batch.replace(values=v))[0]
+
+    assert torch.autograd.gradcheck(value, (values,), atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["flowrl", "vargrad", "gvpo"])
 def test_a_named_backend_reaches_the_operator(name):
     objective, reference = build(name), build(name, backend="reference")
     batch = prepared_batch(objective, seed=6)
@@ -108,11 +134,12 @@ def test_a_named_backend_reaches_the_operator(name):
         build(name, backend="tensor-cores").loss(batch)
 
 
-@pytest.mark.parametrize("name", ["flowrl", "vargrad", "grpo"])
+@pytest.mark.parametrize("name", names())
 def test_metrics_and_statistics_carry_no_gradient(name):
     objective = build(name)
     batch = prepared_batch(objective, seed=5)
-    batch = batch.replace(logprobs=leaf(batch.logprobs), log_z=leaf(batch.log_z))
+    leaves = {name: leaf(getattr(batch, name)) for name in ("logprobs", "log_z", "values")}
+    batch = batch.replace(**leaves)
     if objective.coupling == "group":
         assert not objective.group_statistic(batch).requires_grad
     _, metrics = objective.loss(batch)

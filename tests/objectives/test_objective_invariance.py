@@ -16,6 +16,13 @@ VARIANTS = [
     ("flowrl", {"log_z": "group_mean", "length_norm": False, "reward": "raw"}),
     ("flowrl", {"log_z": "zero"}),
     ("tb", {"bound": "recipe"}),
+    ("gflowrl", {"gap_clip": False, "bound": "none"}),
+    ("tba", {"kl_coef": 0.5}),
+    ("gvpo", {"beta": 2.0}),
+    ("kimi_pmd", {"beta": 2.0}),
+    ("ftb", {"phi": "shifted_cosh"}),
+    ("ftb", {"phi": "huber", "log_z": "learned", "bound": "paper"}),
+    ("subtb", {"lam": 1.0}),
     ("grpo", {"aggregation": "token-mean", "kl_coef": 0.0}),
     ("grpo", {"aggregation": "seq-mean-token-sum", "dual_clip": 1.1, "kl_estimator": "k2"}),
     ("grpo", {"kl_placement": "reward_token", "kl_estimator": "k1"}),
@@ -126,12 +133,19 @@ def test_a_nan_that_is_not_masked_reaches_the_loss(name, options):
 Z_SCORED = ["grpo", "dapo", "prorl", "gspo", "gspo_token", "gmpo", "cispo", "trpo"]
 SHIFT_CHANGES = [
     ("tb", {}),
+    ("subtb", {}),
+    ("db", {}),
     ("flowrl", {"reward": "raw"}),
     ("reinforce", {"advantage": "none"}),
     ("ppo", {"gamma": 0.9}),
 ]
 SHIFT_LEAVES = [
     ("vargrad", {}),
+    ("gflowrl", {}),
+    ("tba", {}),
+    ("gvpo", {}),
+    ("kimi_pmd", {}),
+    ("ftb", {"beta": 0.1}),
     ("flowrl", {}),
     ("flowrl", {"reward": "raw", "log_z": "group_mean"}),
     *((name, {}) for name in (*Z_SCORED, "reinforce", "rloo", "rloo_kl", "dr_grpo")),
@@ -139,6 +153,10 @@ SHIFT_LEAVES = [
 ]
 DOUBLING_CHANGES = [
     ("vargrad", {}),
+    ("gvpo", {}),
+    ("kimi_pmd", {}),
+    ("ftb", {"beta": 0.5}),
+    ("subtb", {}),
     ("rloo", {}),
     ("rloo_kl", {}),
     ("tb", {}),
