@@ -197,7 +197,7 @@ class BatchConfig:
 @dataclass(frozen=True)
 class ObjectiveConfig:
     name: str = "flowrl"
-    """Objective: see flowrl/objectives/__init__.py. Its options: --objective.KEY."""
+    """Objective by name; docs/math.md has them all. Its options: --objective.KEY."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the objective; its own Options dataclass checks them."""
 
