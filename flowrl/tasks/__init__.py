@@ -19,7 +19,13 @@ from typing import Any, Protocol
 from flowrl.records import Prompt, Rollout, Score
 from flowrl.schema import ConfigError, nearest, require
 
-TASK_NAMES = ("countdown", "jsonl", "modular")  # each is the module flowrl.tasks.<name>
+TASK_NAMES = (
+    "blocksworld",
+    "countdown",
+    "game24",
+    "jsonl",
+    "modular",
+)  # each is the module flowrl.tasks.<name>
 
 
 @dataclass(frozen=True)

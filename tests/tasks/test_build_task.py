@@ -64,7 +64,9 @@ def check_contract(task: Task) -> None:
 def test_unknown_name_names_the_nearest():
     with pytest.raises(ConfigError, match=r"no task called 'countdwn'; did you mean countdown\?"):
         build_task("countdwn", {}, 1.0)
-    with pytest.raises(ConfigError, match="choose from: countdown, jsonl, modular"):
+    with pytest.raises(
+        ConfigError, match="choose from: blocksworld, countdown, game24, jsonl, modular"
+    ):
         build_task("zzz", {}, 1.0)
 
 
