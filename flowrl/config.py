@@ -32,7 +32,7 @@ class RunConfig:
 @dataclass(frozen=True)
 class TaskConfig:
     name: str = "countdown"
-    """Task: countdown, modular, jsonl, or the path of a Python file that defines one."""
+    """Task: countdown, modular, toy_tree, hypergrid, jsonl, or the path of a Python file."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the task; its own Options dataclass checks them."""
 

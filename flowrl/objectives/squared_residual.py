@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flowrl.objectives.advantages import zscore
 from flowrl.objectives.aggregation import per_token, sequence_mean, unmasked
-from flowrl.objectives.base import AllReduce, Metrics, Objective, given, identity
+from flowrl.objectives.base import AllReduce, FixedPoint, Metrics, Objective, given, identity
 from flowrl.objectives.groups import group_mean, group_sizes
 from flowrl.objectives.residual_loss import Residuals, evaluate
 from flowrl.objectives.residual_settings import ResidualOptions, ResidualSettings
@@ -61,6 +61,13 @@ class SquaredResidual(Objective):
         for the old policy as anchor, which moves on until only the best answers are left."""
         nominal = self.settings.reward == "raw" and self.settings.anchor == "ref"
         return self.settings.beta if nominal else None
+
+    @property
+    def fixed_point(self) -> FixedPoint | None:
+        settings = self.settings
+        if settings.anchor == "old" or settings.log_z in ("zero", "mean_reward"):
+            return None  # the anchor moves on, or nothing makes it sum to 1
+        return FixedPoint(settings.beta, settings.length_norm, settings.reward)
 
     def prepare(self, batch: LossBatch, all_reduce: AllReduce = identity) -> LossBatch:
         """rhat as `advantages` (N,): the raw reward or its z-score over the group."""

@@ -20,12 +20,9 @@ from flowrl.records import Prompt, Rollout, Score
 from flowrl.schema import ConfigError, nearest, require
 
 TASK_NAMES = (
-    "blocksworld",
-    "countdown",
-    "game24",
-    "jsonl",
-    "modular",
-)  # each is the module flowrl.tasks.<name>
+    "blocksworld", "countdown", "game24", "hypergrid", "jsonl", "modular", "toy_tree"
+)  # fmt: skip
+"""Each is the module flowrl.tasks.<name>."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,8 @@ class Outcome:
 
     text: str
     reward: float
+    solution: str | None = None
+    """As in `Score`: the normal form of a right answer, which names its mode; None where wrong."""
 
 
 class Task(Protocol):

@@ -115,7 +115,11 @@ class StepTask(ABC):
         start = self.start(prompt.data)
         if self._sizes(start)[0] > self.max_outcomes:
             return None
-        return [Outcome(text, reward) for text, reward in self._answers(start, only_right=False)]
+        answers = self._answers(start, only_right=False)
+        return [
+            Outcome(text, reward, self.solution(prompt.data, text) if reward == 1 else None)
+            for text, reward in answers
+        ]
 
     def close(self) -> None:
         return None
