@@ -83,7 +83,7 @@ class Objective(ABC):
     name: ClassVar[str]
     Options: ClassVar[type]
     coupling: Literal["sequence", "group"] = "sequence"
-    loop_defaults: ClassVar[Mapping[str, Any]] = {}
+    loop_defaults: Mapping[str, Any] = {}
     """What the published method sets in [loop]; the section's own values override it."""
 
     def __init__(self, options: Any, backend: str | None = None) -> None:

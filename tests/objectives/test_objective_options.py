@@ -55,6 +55,37 @@ NEEDS_TABLE = [
     ("rloo_kl", {}, {"ref", "old_pass"}, "sequence", 3.0),
     ("grpo", {}, {"ref", "old"}, "sequence", None),
     ("grpo", {"kl_coef": 0.0}, {"old"}, "sequence", None),
+    ("grpo", {"kl_placement": "reward_token"}, {"ref", "old", "old_pass"}, "sequence", None),
+    ("reinforce", {}, set(), "sequence", None),
+    ("reinforce", {"kl_coef": 0.1, "kl_placement": "loss"}, {"ref"}, "sequence", None),
+    (
+        "rloo",
+        {"kl_coef": 0.1, "kl_placement": "loss", "kl_ratio_weight": True},
+        {"ref", "old"},
+        "sequence",
+        None,
+    ),
+    ("reinforce_pp", {}, {"ref", "old", "old_pass"}, "sequence", None),
+    ("reinforce_pp_baseline", {}, {"ref", "old"}, "sequence", None),
+    ("ppo", {}, {"ref", "old", "old_pass", "values"}, "sequence", None),
+    ("ppo", {"kl_coef": 0.0}, {"old", "old_pass", "values"}, "sequence", None),
+    (
+        "ppo",
+        {"kl_placement": "loss", "kl_controller": "adaptive"},
+        {"ref", "old", "old_pass", "values"},
+        "sequence",
+        None,
+    ),
+    ("trpo", {}, {"old", "kl_old_new"}, "sequence", None),
+    ("trpo", {"method": "line_search"}, {"old"}, "sequence", None),
+    ("trpo", {"critic": True}, {"old", "old_pass", "values", "kl_old_new"}, "sequence", None),
+    ("dr_grpo", {}, {"old"}, "sequence", None),
+    ("dapo", {}, {"old"}, "sequence", None),
+    ("prorl", {}, {"ref", "old"}, "sequence", None),
+    ("gspo", {}, {"old"}, "sequence", None),
+    ("gspo_token", {"kl_coef": 0.1}, {"ref", "old"}, "sequence", None),
+    ("gmpo", {}, {"old"}, "sequence", None),
+    ("cispo", {}, {"old"}, "sequence", None),
 ]
 
 
@@ -91,7 +122,41 @@ REFUSED = [
     ("rloo", {"beta": 1.0}, "unknown setting objective.beta"),
     ("rloo_kl", {"beta": -1.0}, "objective.beta must be > 0"),
     ("grpo", {"clip_eps_low": 1.5}, r"clip_eps_low must be in \[0, 1\]"),
-    ("grpo", {"aggregation": "token-sum"}, "aggregation must be one of"),
+    ("grpo", {"aggregation": "tokens"}, "aggregation must be one of"),
+    ("grpo", {"dual_clip": 0.9}, "dual_clip must be > 1, got 0.9"),
+    ("grpo", {"kl_coef": -1.0}, "kl_coef must be >= 0"),
+    ("grpo", {"aggregation": "seq-mean-token-sum-norm"}, "divides by objective.max_tokens"),
+    ("grpo", {"max_tokens": 5}, "max_tokens has no effect with aggregation=seq-mean-token-mean"),
+    ("dr_grpo", {"max_tokens": 0}, "max_tokens must be > 0"),
+    ("dr_grpo", {"aggregation": "token-mean"}, "max_tokens has no effect"),
+    (
+        "rloo",
+        {"kl_coef": 0.1, "kl_estimator": "k3_straight_through"},
+        "needs kl_placement=loss, got reward_sequence; set objective.kl_estimator=k3",
+    ),
+    ("reinforce_pp", {"kl_ratio_weight": True}, "kl_ratio_weight multiplies a token loss"),
+    ("reinforce", {"advantage": "zscore"}, "advantage must be one of none, mean"),
+    ("ppo", {"gamma": 1.1}, r"gamma must be in \[0, 1\], got 1.1"),
+    ("ppo", {"lam": -0.1}, r"lam must be in \[0, 1\]"),
+    ("ppo", {"value_coef": 0.0}, "value_coef must be > 0"),
+    ("ppo", {"value_clip": 0.0}, "value_clip must be > 0"),
+    ("ppo", {"kl_controller": "adaptive", "kl_coef": 0.0}, "kl_coef, which must be > 0, got 0"),
+    ("ppo", {"kl_target": 0.0}, "kl_target must be > 0, got 0.0; set objective.kl_target=0.1"),
+    ("trpo", {"max_kl": 0.0}, "max_kl must be > 0"),
+    ("trpo", {"damping": 1.0}, "damping has no effect with method=penalty"),
+    ("trpo", {"method": "line_search", "kl_penalty": 2.0}, "kl_penalty has no effect"),
+    ("trpo", {"lam": 0.9}, "lam has no effect without a critic, got 0.9"),
+    (
+        "trpo",
+        {"method": "conjugate_gradient", "critic": True},
+        "critic=true needs a first-order step",
+    ),
+    ("prorl", {"preset": "v3"}, "preset must be one of v1, v2"),
+    ("prorl", {"clip_eps_low": 2.0}, r"clip_eps_low must be in \[0, 1\]"),
+    ("gspo", {"aggregation": "token-mean"}, "unknown setting objective.aggregation"),
+    ("gspo", {"clip_eps_high": -1.0}, "clip_eps_high must be >= 0"),
+    ("gmpo", {"clip_eps_low": -0.1}, "clip_eps_low bounds a log-ratio and must be >= 0"),
+    ("cispo", {"clip_eps_low": 1.5}, r"clip_eps_low must be in \[0, 1\]"),
 ]
 
 
@@ -138,6 +203,45 @@ EFFECTS = [
     ("grpo", {}, {"clip_eps_low": 0.01}),
     ("grpo", {}, {"clip_eps_high": 0.01}),
     ("grpo", {}, {"aggregation": "token-mean"}),
+    ("grpo", {}, {"aggregation": "token-sum"}),
+    ("grpo", {}, {"dual_clip": 1.5}),
+    ("grpo", {}, {"kl_estimator": "k2"}),
+    ("grpo", {}, {"kl_placement": "reward_token"}),
+    ("grpo", {}, {"kl_ratio_weight": True}),
+    ("reinforce", {}, {"kl_coef": 0.5}),
+    ("rloo", {}, {"kl_coef": 0.5}),
+    ("rloo", {"kl_coef": 0.5}, {"kl_estimator": "k3"}),
+    ("rloo", {"kl_coef": 0.5}, {"kl_placement": "loss"}),
+    ("reinforce_pp", {}, {"kl_coef": 1.0}),
+    ("reinforce_pp", {"kl_coef": 1.0}, {"kl_placement": "reward_sequence"}),
+    ("reinforce_pp_baseline", {}, {"kl_coef": 1.0}),
+    ("ppo", {}, {"kl_coef": 1.0}),
+    ("ppo", {}, {"gamma": 0.5}),
+    ("ppo", {}, {"lam": 0.5}),
+    ("ppo", {"clip_eps_high": 0.1}, {"clip_eps_high": 0.5}),
+    ("trpo", {}, {"kl_penalty": 5.0}),
+    ("trpo", {}, {"method": "line_search"}),
+    ("trpo", {}, {"critic": True}),
+    ("trpo", {"critic": True}, {"lam": 0.5}),
+    ("trpo", {"critic": True}, {"gamma": 0.5}),
+    ("dr_grpo", {}, {"max_tokens": 6}),
+    ("dr_grpo", {"max_tokens": 6}, {"max_tokens": 12}),
+    ("dapo", {}, {"clip_eps_high": 0.05}),
+    ("dapo", {}, {"dual_clip": 1.5}),
+    ("prorl", {}, {"preset": "v2"}),
+    ("prorl", {}, {"clip_eps_high": 0.05}),
+    ("prorl", {}, {"kl_coef": 1.0}),
+    ("prorl", {}, {"dual_clip": 1.5}),
+    ("prorl", {"kl_coef": 1.0}, {"kl_estimator": "k2"}),
+    ("gspo", {}, {"clip_eps_low": 0.5}),
+    ("gspo", {}, {"clip_eps_high": 0.5}),
+    ("gspo", {}, {"kl_coef": 1.0}),
+    ("gspo_token", {}, {"clip_eps_low": 0.5}),
+    ("gmpo", {}, {"clip_eps_low": 0.01}),
+    ("gmpo", {}, {"clip_eps_high": 0.01}),
+    ("cispo", {}, {"clip_eps_low": 0.01}),
+    ("cispo", {}, {"clip_eps_high": 0.01}),
+    ("cispo", {}, {"aggregation": "seq-mean-token-mean"}),
 ]
 
 
@@ -146,7 +250,7 @@ def test_every_option_has_an_effect(name, base, change):
     """The released code read its beta and clip settings without using them."""
     batch = one_group_of_four()
     _, before, _ = evaluate(name, batch, **base)
-    _, after, _ = evaluate(name, batch, **base, **change)
+    _, after, _ = evaluate(name, batch, **{**base, **change})
     assert float((after - before).abs().max()) > 1e-4
 
 
@@ -161,11 +265,14 @@ def test_every_option_has_an_effect(name, base, change):
         ("subtb", "values"),
         ("db", "ref_logprobs"),
         ("grpo", "ref_logprobs"),
+        ("reinforce_pp", "old_logprobs"),
+        ("ppo", "old_values"),
+        ("ppo", "values"),
     ],
 )
 def test_a_missing_field_is_named(name, field):
     with pytest.raises(ValueError, match=f"needs LossBatch.{field}, got None"):
-        loss(name, one_group_of_four().replace(**{field: None}))
+        loss(name, random_batch(0, [4]).replace(**{field: None}))
 
 
 def test_group_statistics_are_refused_where_they_mean_nothing():
