@@ -12,8 +12,19 @@ from typing import Literal
 from flowrl.schema import require
 
 Correction = Literal[
-    "none", "tis", "seq_tis", "icepop", "seq_mask", "geo_mask_tis", "geo_rs", "k3_rs"
+    "none", "tis", "seq_tis", "icepop", "seq_mask", "seq_mask_tis", "geo_rs", "k3_rs"
 ]
+
+CORRECTION_BOUNDS: dict[str, tuple[float | None, float]] = {
+    "tis": (None, 2.0),
+    "seq_tis": (None, 2.0),
+    "icepop": (0.5, 5.0),
+    "seq_mask": (0.0, 3.0),
+    "seq_mask_tis": (0.5, 5.0),
+    "geo_rs": (0.999, 1.001),
+    "k3_rs": (None, 0.01),
+}
+"""Lower and upper bound as published (docs/rollouts.md); None: there is no lower one."""
 
 VLLM_ONLY = (
     "mode", "server_python", "dtype", "restart", "start_timeout_s", "generate_timeout_s",
@@ -139,11 +150,30 @@ class RolloutConfig:
             f"rollout.correction_low and correction_high are set to {bounds}, but "
             "rollout.correction is none; leave them out",
         )
+        if self.correction != "none":
+            low, high = self.correction_bounds
+            require(
+                self.correction_low is None or CORRECTION_BOUNDS[self.correction][0] is not None,
+                f"rollout.correction={self.correction} has no lower bound, got "
+                f"rollout.correction_low={self.correction_low}; leave it out",
+            )
+            require(
+                0 <= low < high,
+                f"rollout.correction_low must be below correction_high, got {low} and {high}; "
+                "leave them out for the published bounds",
+            )
         require(
             self.dtype != "fp8" or self.correction != "none",
             "rollout.dtype=fp8 samples from another distribution than the trainer's, got "
             "rollout.correction=none; set rollout.correction=tis",
         )
+
+    @property
+    def correction_bounds(self) -> tuple[float, float]:
+        """Low and high of the correction; a low of 0 bounds nothing."""
+        low, high = CORRECTION_BOUNDS[self.correction]
+        low = low if self.correction_low is None else self.correction_low
+        return low or 0.0, high if self.correction_high is None else self.correction_high
 
     def _check_engine(self) -> None:
         if self.engine != "vllm":

@@ -7,6 +7,7 @@ engine is found dead; both keep its output in a log file.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -152,6 +153,7 @@ class InProcess:
         with _output_to(self.log_path):
             watch = lambda: self._kill(set(_children()) - before)  # noqa: E731
             self._engine = self._limited(lambda: VLLMEngine(settings), start_limit_s, "load", watch)
+            _log_to(self.log_path)
         self.pids = sorted(set(_children()) - before)
 
     def call(self, message: Message, limit_s: float) -> Message:
@@ -262,6 +264,13 @@ def _output_to(path: Path) -> Iterator[None]:
         for descriptor, saved in enumerate(kept, 1):
             os.dup2(saved, descriptor)
             os.close(saved)
+
+
+def _log_to(path: Path) -> None:
+    """vLLM's own logger in this process writes to the log too."""
+    for handler in logging.getLogger("vllm").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(path.open("a"))
 
 
 def _children() -> list[int]:
