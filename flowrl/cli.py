@@ -18,6 +18,7 @@ from flowrl.config import Config, EvalConfig
 from flowrl.overrides import split_overrides
 from flowrl.schema import ConfigError, nearest
 from flowrl.settings import load, recipe_names
+from flowrl.study.plan import study_names
 
 DEFAULT_RECIPE = "countdown_cpu"
 
@@ -162,6 +163,33 @@ def _export(args: ExportArgs, overrides: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
+class CompareArgs:
+    """Train the arms of a study side by side and write study.json and study.html."""
+
+    study: tyro.conf.Positional[str]
+    """Name of a shipped study, or the path of a TOML file."""
+    arms: str = ""
+    """Only these arms, separated by commas. Empty: all."""
+    workers: int = 0
+    """Worker processes, one thread each; 0: as many as there are cores."""
+    out: Path = Path("runs/studies")
+    """Directory of studies; runs are in OUT/STUDY/WORLD/ARM/seed_N and kept: what is done is
+    skipped, what was cut short is resumed."""
+    dry_run: bool = False
+    """Check every setting, list the runs and their commands, and stop."""
+    report: bool = False
+    """Train nothing: write study.json and study.html from the runs that are there."""
+    table: bool = False
+    """Train nothing: print the tables of study.json as Markdown."""
+
+
+def _compare(args: CompareArgs, overrides: dict[str, Any]) -> None:
+    from flowrl.commands import compare
+
+    compare.run(args)
+
+
+@dataclass(frozen=True)
 class DoctorArgs:
     """Say what is installed, what is missing, what for, and the command that adds it."""
 
@@ -181,7 +209,12 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, dict[str, Any]], None]]] = {
     "report": (ReportArgs, _report),
     "export": (ExportArgs, _export),
     "make-base": (MakeBaseArgs, _make_base),
+    "compare": (CompareArgs, _compare),
     "doctor": (DoctorArgs, _doctor),
+}
+_CONTINUE = {
+    "train": "; continue with --resume",
+    "compare": "; the same command goes on where it stopped",
 }
 TAKES_SETTINGS = ("train", "make-base")
 
@@ -208,7 +241,7 @@ def _run(args: list[str]) -> None:
     except ConfigError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
-        _fail("interrupted" + ("; continue with --resume" if args[0] == "train" else ""), 130)
+        _fail("interrupted" + (_CONTINUE.get(args[0], "")), 130)
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         remedy = "free the disk or correct the path; a run continues with --resume"
@@ -273,6 +306,7 @@ def _overview() -> str:
     lines += [
         "",
         f"recipes: {', '.join(recipe_names())}",
+        f"studies: {', '.join(study_names())}",
         "flowrl COMMAND --help shows its arguments; `flowrl train` runs the default recipe.",
     ]
     return "\n".join(lines)

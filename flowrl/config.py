@@ -33,7 +33,7 @@ class RunConfig:
 @dataclass(frozen=True)
 class TaskConfig:
     name: str = "countdown"
-    """Task: countdown, modular, jsonl, or the path of a Python file that defines one."""
+    """Task: countdown, modular, toy_tree, hypergrid, jsonl, or the path of a Python file."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the task; its own Options dataclass checks them."""
 
@@ -166,7 +166,7 @@ class BatchConfig:
 @dataclass(frozen=True)
 class ObjectiveConfig:
     name: str = "flowrl"
-    """Objective: flowrl, tb, vargrad, rloo, rloo_kl or grpo. Its options: --objective.KEY."""
+    """Objective: see flowrl/objectives/__init__.py. Its options: --objective.KEY."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the objective; its own Options dataclass checks them."""
 

@@ -23,6 +23,11 @@ COLUMNS = (  # heading, metric, format
     ("tok/s", "perf/tokens_per_s", ",.0f"),
 )
 ROWS_SHOWN = 8
+DIVERSITY = (
+    "distinct_solutions", "mode_coverage", "expected_coverage", "effective_modes", "judge_score",
+    "l1_to_target", "kl_to_target", "l1_to_fixed_point", "success_exact", "success_target",
+)  # fmt: skip
+"""Of an evaluation's diversity/* what is printed; metrics.jsonl has all."""
 
 
 class Display:
@@ -67,7 +72,9 @@ class Display:
         self.live.update(Group(self._table(), self.progress))
 
     def evaluation(self, step: int, numbers: Mapping[str, float]) -> None:
-        shown = "  ".join(f"{name.split('/')[-1]} {value:.3f}" for name, value in numbers.items())
+        shown = "  ".join(
+            f"{name.split('/')[-1]} {value:.3f}" for name, value in numbers.items() if _shown(name)
+        )
         self.say(f"eval at step {step}: {shown}")
 
     def _table(self) -> Table:
@@ -91,9 +98,14 @@ def before_after(
     table.add_column("before", justify="right")
     table.add_column(f"after {steps} steps", justify="right")
     for name, value in first.items():
-        if name in last:
+        if name in last and _shown(name):
             table.add_row(name, f"{value:.4f}", f"{last[name]:.4f}")
     console.print(table)
+
+
+def _shown(name: str) -> bool:
+    section, _, rest = name.partition("/")
+    return section != "diversity" or rest in DIVERSITY
 
 
 def _line(numbers: Mapping[str, float]) -> str:

@@ -5,20 +5,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from flowrl import diversity, objectives
 from flowrl.config import Config
-from flowrl.data.packing import pack, plan_microbatches
 from flowrl.data.prompts import encode_prompts
-from flowrl.metrics import distances, error_rate, exact_target, pass_at_k, segment_sum
+from flowrl.exact_tables import Tabulator, measure
+from flowrl.metrics import error_rate, pass_at_k
 from flowrl.models import Backend
 from flowrl.parallel import Parallel
 from flowrl.records import Prompt, Rollout, SampleRequest, Score
 from flowrl.rollout import Sampler
-from flowrl.tasks import Outcome, Task
+from flowrl.tasks import Task
 
 EXACT_PROMPTS_KEPT = 6  # prompts whose whole distributions are kept for the report
 
@@ -42,8 +43,10 @@ class Evaluator:
         self.problems = self._prompts(config.eval.num_prompts)
         assert config.eval.target_beta is not None, "assembly.resolve fills it"
         self.target_beta = config.eval.target_beta
-        # By version and prompt: the reference changes only when the loop resets it.
-        self._reference: dict[tuple[int, int], list[float]] = {}
+        objective = objectives.build(config.objective.name, config.objective.options)
+        self.nominal_beta = objective.beta  # None: the objective has no target of its own
+        self.fixed_point = objective.fixed_point
+        self.tabulator = Tabulator(config, task, tokenizer)
 
     def run(self, sampler: Sampler, backend: Backend | None) -> Evaluation:
         """Every rank takes part and gets the whole result. Without a backend, samples only."""
@@ -53,13 +56,16 @@ class Evaluator:
         problems = self._problems(rollouts, scores)
         metrics = self._sampled_metrics(problems, rollouts)
         metrics[f"eval/{self.task.name}/error_rate"] = self._error_rate(scores)
+        judged = self._judge_scores(scores, rollouts, self.config.eval.samples)
+        if judged:
+            metrics["diversity/judge_score"] = float(np.mean(judged))
         exact = self._exact(backend) if backend is not None else []
         if exact:
-            metrics |= _mean([row["distances"] for row in exact])
+            metrics |= {k: float(np.mean(v)) for k, v in _by_name(exact).items()}
         detail = {
             "set": self.task.name,
             "problems": [{k: v for k, v in p.items() if k != "correct"} for p in problems],
-            "exact": {"beta": self.target_beta, "prompts": _kept(exact)} if exact else None,
+            "exact": self._exact_detail(exact) if exact else None,
         }
         return Evaluation(metrics, detail, rollouts, scores)
 
@@ -131,81 +137,74 @@ class Evaluator:
         shares = [len(p["counts"]) / len(p["solutions"]) for p in problems if p["solutions"]]
         if shares:
             metrics["diversity/mode_coverage"] = float(np.mean(shares))
+        metrics["diversity/for_diversity"] = diversity.for_diversity(
+            [len(p["counts"]) for p in problems]
+        )
+        metrics["diversity/distinct_2"] = diversity.distinct_n(
+            [r.response_ids for r in rollouts], 2
+        )
         return metrics
 
-    # --- exact distances
+    @staticmethod
+    def _judge_scores(scores: Sequence[Score], rollouts: Sequence[Rollout], n: int) -> list[int]:
+        """Per problem, of its first 16 samples; none with fewer. A right answer's class is its
+        solution, a wrong one's its text."""
+        if n < diversity.JUDGED_RESPONSES:
+            return []
+        classes = [
+            ("right", s.solution) if s.correct and s.solution else ("wrong", r.text)
+            for s, r in zip(scores, rollouts, strict=True)
+        ]
+        return [
+            diversity.judge_score(classes[start : start + diversity.JUDGED_RESPONSES])
+            for start in range(0, len(classes), n)
+        ]
+
+    # --- exact tables
 
     def _exact(self, backend: Backend) -> list[dict[str, Any]]:
-        """Distributions and distances per prompt that the task can tabulate, if it can."""
-        prompts = [
-            (prompt, outcomes)
-            for prompt in self.problems[: self.config.eval.exact_prompts]
-            if (outcomes := self.task.outcomes(prompt)) is not None
-        ]
+        """Distributions and measures per prompt that the task can tabulate, if it can."""
+        prompts = self.problems[: self.config.eval.exact_prompts]
         mine = prompts[self.parallel.rank :: self.parallel.world_size]
-        rows = [self._exact_prompt(prompt, outcomes, backend) for prompt, outcomes in mine]
+        rows = [row for prompt in mine if (row := self._exact_prompt(prompt, backend)) is not None]
         gathered = [row for share in self.parallel.gather(rows) for row in share]
         return sorted(gathered, key=lambda row: row["index"])
 
-    def _exact_prompt(
-        self, prompt: Prompt, outcomes: list[Outcome], backend: Backend
-    ) -> dict[str, Any]:
-        rollouts = self._outcome_rollouts(prompt, outcomes)
-        key = (backend.reference_version, prompt.index)
-        if key not in self._reference:
-            self._reference[key] = self._probabilities(rollouts, backend, reference=True)
-        reference = self._reference[key]
-        policy = self._probabilities(rollouts, backend, reference=False)
-        rewards = [o.reward for o in outcomes]
-        target = exact_target(reference, rewards, self.target_beta)
-        found = distances(policy, target)
+    def _exact_prompt(self, prompt: Prompt, backend: Backend) -> dict[str, Any] | None:
+        answers = self.tabulator.answers(prompt, backend)
+        if answers is None:
+            return None
+        policy = self.tabulator.probabilities(answers, backend)
+        group_size = self.config.batch.group_size
+        targets = answers.targets(self.target_beta, self.fixed_point, group_size)
         return {
             "index": prompt.index,
             "prompt": prompt.text,
-            "outcomes": [o.text for o in outcomes],
-            "rewards": rewards,
-            "reference": reference,
-            "target": target,
+            "outcomes": [o.text for o in answers.outcomes],
+            "rewards": answers.rewards,
+            "reference": answers.reference,
+            "reference_version": answers.reference_version,
+            "target": targets.nominal.probabilities.tolist(),
             "policy": policy,
-            "distances": {
-                "diversity/l1_to_target": found["l1"],
-                "diversity/jsd_to_target": found["jsd"],
-                "diversity/kl_to_target": found["kl"],
-                "diversity/kl_from_target": found["kl_from"],
-                "diversity/success_exact": float(np.dot(policy, np.asarray(rewards) > 0)),
-                "diversity/success_target": float(np.dot(target, np.asarray(rewards) > 0)),
-            },
+            "measures": measure(answers, policy, targets),
         }
 
-    def _outcome_rollouts(self, prompt: Prompt, outcomes: list[Outcome]) -> list[Rollout]:
-        eos = self.tokenizer.eos_token_id
-        texts = [o.text for o in outcomes]
-        encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return [
-            Rollout(prompt, i, (*ids, eos), (0.0,) * (len(ids) + 1), False, 0, text)
-            for i, (ids, text) in enumerate(zip(encoded, texts, strict=True))
-        ]
-
-    def _probabilities(
-        self, rollouts: Sequence[Rollout], backend: Backend, *, reference: bool
-    ) -> list[float]:
-        packed = pack(rollouts)
-        plan = plan_microbatches(packed, self.config.batch.tokens_per_microbatch)
-        found = np.empty(len(rollouts))
-        for indices in plan:
-            part = packed.select(indices)
-            scores = backend.logprobs([part], reference=reference)
-            found[indices.numpy()] = (
-                segment_sum(scores.logprobs.cpu(), part.cu_seqlens).exp().numpy()
-            )
-        return found.tolist()
+    def _exact_detail(self, exact: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Whole distributions of a few prompts, and every measure of every prompt."""
+        return {
+            "beta": self.target_beta,
+            "nominal_beta": self.nominal_beta,
+            "reference_version": exact[0]["reference_version"],
+            "fixed_point": None if self.fixed_point is None else asdict(self.fixed_point),
+            "prompts": [
+                {k: v for k, v in row.items() if k != "measures"}
+                for row in exact[:EXACT_PROMPTS_KEPT]
+            ],
+            "per_prompt": _by_name(exact),
+        }
 
 
-def _mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-
-
-def _kept(exact: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {k: v for k, v in row.items() if k != "distances"} for row in exact[:EXACT_PROMPTS_KEPT]
-    ]
+def _by_name(exact: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Values per prompt of each measure that all prompts have."""
+    rows = [row["measures"] for row in exact]
+    return {name: [row[name] for row in rows] for name in rows[0] if all(name in r for r in rows)}

@@ -134,7 +134,7 @@ def mismatch_rows(batch: LossBatch, trainer_logprobs: Tensor) -> dict[str, Tenso
 def mismatch_metrics(rows: Mapping[str, Tensor]) -> dict[str, float]:
     """logp_abs_diff: mean over tokens of |trainer - sampler|. kl: KL(sampler || trainer) per token,
     k1 estimate. max_ratio: largest sequence ratio. ess: effective share of sequences under it."""
-    tokens = rows["tokens"].sum()
+    tokens = rows["tokens"].sum().clamp(min=1.0)
     log_ratio = rows["log_ratio"].clamp(max=80.0)
     ratio = (log_ratio - log_ratio.max()).exp()
     return {

@@ -106,7 +106,7 @@ def _actor_metrics(
     """loss, grad_norm: means over the step's updates. entropy, kl_ref: per response token.
     kl_old_new: largest of the updates. step_share: mean share taken of a trust region's steps."""
     updates = [part.update for part in parts if part.update is not None]
-    tokens = whole["tokens"].sum()
+    tokens = whole["tokens"].sum().clamp(min=1.0)
     norms = [u.grad_norm for u in updates if not u.skipped]
     metrics = {
         "actor/loss": sum(o.loss for o in outputs) / len(outputs),

@@ -160,7 +160,8 @@ class Trainer:
             loss = batch.select(indices)
             groups = loss.group_ids.unique().numel()
             sizes = torch.tensor([loss.num_sequences, int(loss.mask.sum()), groups]).double()
-            totals = Totals(*self.parallel.all_reduce(sizes).tolist())
+            sizes = self.parallel.all_reduce(sizes).clamp(min=1.0)  # every token may be masked
+            totals = Totals(*sizes.tolist())
             mine = [(experience.rollouts[i], experience.scores[i]) for i in indices.tolist()]
             parts.append(Part(mine, packed.select(indices), loss.replace(totals=totals)))
         return parts

@@ -74,7 +74,7 @@ def _memory_table(config: Config, size: base_model.ModelSize, needs: frozenset[s
     width = 4 if config.model.dtype == "float32" else 2
     hidden = size.hidden
     blocks = config.log_z.layers * (hidden * hidden + 3 * hidden) + hidden + 1
-    head = blocks if "log_z" in needs else 0
+    head = blocks * ("log_z" in needs) + (hidden + 1) * ("values" in needs)
     rows = 16 * config.batch.tokens_per_microbatch * size.vocabulary
     device = "cuda" if torch.cuda.is_available() and config.model.device != "cpu" else "cpu"
     limit = config.kernels.max_logits_mb << 20 or DEFAULT_LOGITS_BYTES[device]

@@ -19,11 +19,29 @@ from torch import Tensor
 
 from flowrl.config import ConfigError, build_options
 from flowrl.objectives.base import LogZDefaults, Metrics, Objective, count_totals
+from flowrl.objectives.cispo import CISPO
+from flowrl.objectives.dapo import DAPO
+from flowrl.objectives.dr_grpo import DrGRPO
 from flowrl.objectives.flowrl_objective import FlowRL
+from flowrl.objectives.ftb import FTB
+from flowrl.objectives.gflowrl import GFlowRL
+from flowrl.objectives.gmpo import GMPO
 from flowrl.objectives.grpo import GRPO
+from flowrl.objectives.gspo import GSPO
+from flowrl.objectives.gspo_token import GSPOToken
+from flowrl.objectives.gvpo import GVPO
+from flowrl.objectives.kimi_pmd import KimiPMD
+from flowrl.objectives.ppo import PPO
+from flowrl.objectives.prorl import ProRL
+from flowrl.objectives.reinforce import Reinforce
+from flowrl.objectives.reinforce_pp import ReinforcePP
+from flowrl.objectives.reinforce_pp_baseline import ReinforcePPBaseline
 from flowrl.objectives.rloo import RLOO
 from flowrl.objectives.rloo_kl import RLOOKL
+from flowrl.objectives.subtb import DB, SubTB
 from flowrl.objectives.tb import TB
+from flowrl.objectives.tba import TBA
+from flowrl.objectives.trpo import TRPO
 from flowrl.objectives.vargrad import VarGrad
 from flowrl.records import LossBatch
 from flowrl.schema import nearest
@@ -38,9 +56,15 @@ __all__ = [
     "names",
 ]
 
-OBJECTIVES: dict[str, type[Objective]] = {
-    cls.name: cls for cls in (FlowRL, TB, VarGrad, RLOO, RLOOKL, GRPO)
-}
+RESIDUALS: tuple[type[Objective], ...] = (
+    FlowRL, TB, VarGrad, GFlowRL, TBA, GVPO, KimiPMD, FTB, SubTB, DB,
+)  # fmt: skip
+POLICY_GRADIENTS: tuple[type[Objective], ...] = (
+    Reinforce, RLOO, RLOOKL, ReinforcePP, ReinforcePPBaseline, PPO, TRPO,
+    GRPO, DrGRPO, DAPO, ProRL, GSPO, GSPOToken, GMPO, CISPO,
+)  # fmt: skip
+
+OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in (*RESIDUALS, *POLICY_GRADIENTS)}
 
 
 @dataclass(frozen=True)

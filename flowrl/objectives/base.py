@@ -60,6 +60,18 @@ class TrustRegion:
     cg_iterations: int = 10
 
 
+@dataclass(frozen=True)
+class FixedPoint:
+    """The policy at which an objective's expected gradient vanishes, as a formula over a prompt's
+    answers: pi_ref exp(c (beta rhat - log Z)), log Z such that it sums to 1. See targets.py."""
+
+    beta: float
+    length_normalised: bool = False
+    """c is |y| instead of 1: the log-ratio is a mean over tokens."""
+    reward: Literal["raw", "zscore"] = "raw"
+    """rhat: the reward, or its mean z-score among the groups that the policy itself draws."""
+
+
 class Objective(ABC):
     """A loss over packed sequences that is a sum of per-sequence terms divided by `batch.totals`.
 
@@ -71,7 +83,7 @@ class Objective(ABC):
     name: ClassVar[str]
     Options: ClassVar[type]
     coupling: Literal["sequence", "group"] = "sequence"
-    loop_defaults: ClassVar[Mapping[str, Any]] = {}
+    loop_defaults: Mapping[str, Any] = {}
     """What the published method sets in [loop]; the section's own values override it."""
 
     def __init__(self, options: Any, backend: str | None = None) -> None:
@@ -89,6 +101,13 @@ class Objective(ABC):
     def beta(self) -> float | None:
         """Inverse temperature of the nominal target pi_ref exp(beta r) / Z, or None."""
         return None
+
+    @property
+    def fixed_point(self) -> FixedPoint | None:
+        """Where training ends with enough samples, if that is known; by default the nominal target.
+
+        It differs from that target where the loss normalises by length or z-scores the reward."""
+        return None if self.beta is None else FixedPoint(self.beta)
 
     @property
     def log_z_defaults(self) -> LogZDefaults:

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flowrl.objectives.base import LogZDefaults
-from flowrl.objectives.squared_residual import (
+from flowrl.objectives.residual_settings import (
     BoundName,
     LogZKind,
     ResidualOptions,
     ResidualSettings,
-    SquaredResidual,
-    resolve,
+    with_bound,
 )
+from flowrl.objectives.squared_residual import SquaredResidual
 
 PresetName = Literal["paper", "release", "recipe", "recipe_2025_11"]
 
@@ -53,7 +53,8 @@ class FlowRL(SquaredResidual):
         """Source to follow: paper, release, recipe or recipe_2025_11; sets the bound and the head's
         defaults. Unset: an upper clamp of the weight at 10, a float32 head without dropout."""
         log_z: LogZKind = "learned"
-        """log Z: learned (the partition head), group_mean (detached, no parameters) or zero."""
+        """log Z: learned (the partition head), zero, or without parameters from the group:
+        group_mean, group_best, group_mean_old or mean_reward."""
         length_norm: bool = True
         """Means over response tokens instead of sums. Moves the fixed point: docs/math.md."""
         reward: Literal["raw", "zscore"] = "zscore"
@@ -62,13 +63,10 @@ class FlowRL(SquaredResidual):
     options: Options
 
     def resolve_options(self, options: Options) -> ResidualSettings:
-        return resolve(
-            options,
-            options.bound or PRESETS[options.preset].bound,
-            log_z=options.log_z,
-            length_norm=options.length_norm,
-            reward=options.reward,
+        settings = ResidualSettings(
+            options.beta, options.log_z, options.length_norm, options.reward
         )
+        return with_bound(options, PRESETS[options.preset].bound, settings)
 
     @property
     def log_z_defaults(self) -> LogZDefaults:

@@ -46,3 +46,14 @@ def group_std(values: Tensor, group_ids: Tensor) -> Tensor:
     deviation = wide - group_mean(wide, group_ids)
     variance = group_sum(deviation.square(), group_ids) / (sizes - 1).clamp(min=1)
     return torch.where(sizes > 1, variance.sqrt(), 1.0).to(values.dtype)
+
+
+def group_log_mean_exp(values: Tensor, group_ids: Tensor, include: Tensor) -> Tensor:
+    """(N,) log of the mean of e^value over the group's members in `include`; 0 without any."""
+    wide = torch.where(include, values.detach().double(), -torch.inf)
+    _, inverse = torch.unique(group_ids, return_inverse=True)
+    order = torch.argsort(inverse, stable=True)
+    top = torch.segment_reduce(wide[order], "max", lengths=torch.bincount(inverse))[inverse]
+    top = torch.where(torch.isfinite(top), top, 0.0)  # a group without members in `include`
+    mean = group_mean((wide - top).exp(), group_ids, include)
+    return torch.where(mean > 0, mean.log() + top, 0.0).to(values.dtype)

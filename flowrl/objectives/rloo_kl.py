@@ -9,14 +9,10 @@ pi_ref exp(beta r) / Z. Source: arXiv:2402.14740; the placement of the KL: docs/
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
-
-from flowrl.objectives.aggregation import sequence_sum
-from flowrl.objectives.base import given
-from flowrl.objectives.kl import k1
+from flowrl.objectives.kl import KLOptions
 from flowrl.objectives.rloo import RLOO
-from flowrl.records import LossBatch
 from flowrl.schema import require
 
 
@@ -35,15 +31,9 @@ class RLOOKL(RLOO):
                 self.beta > 0, f"objective.beta must be > 0, got {self.beta}; set objective.beta=3"
             )
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"ref", "old_pass"})
+    def resolve_options(self, options: Any) -> KLOptions:
+        return KLOptions(1 / options.beta, "k1", "reward_sequence")
 
     @property
     def beta(self) -> float | None:
         return self.options.beta
-
-    def shaped_reward(self, batch: LossBatch) -> Tensor:
-        old_logprobs = given(batch.old_logprobs, "old_logprobs")
-        log_ratio = old_logprobs - given(batch.ref_logprobs, "ref_logprobs")  # (T,)
-        return batch.rewards - sequence_sum(k1(log_ratio), batch) / self.options.beta

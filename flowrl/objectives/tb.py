@@ -5,12 +5,8 @@ Its fixed point is pi_ref exp(beta r) / Z exactly. Source: arXiv:2201.13259, wit
 
 from __future__ import annotations
 
-from flowrl.objectives.squared_residual import (
-    ResidualOptions,
-    ResidualSettings,
-    SquaredResidual,
-    resolve,
-)
+from flowrl.objectives.residual_settings import ResidualOptions, ResidualSettings, with_bound
+from flowrl.objectives.squared_residual import SquaredResidual
 
 
 class TB(SquaredResidual):
@@ -20,5 +16,4 @@ class TB(SquaredResidual):
     Options = ResidualOptions
 
     def resolve_options(self, options: ResidualOptions) -> ResidualSettings:
-        bound = options.bound or "none"
-        return resolve(options, bound, log_z="learned", length_norm=False, reward="raw")
+        return with_bound(options, "none", ResidualSettings(options.beta, log_z="learned"))

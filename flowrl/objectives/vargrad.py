@@ -7,12 +7,8 @@ unchanged. Source: arXiv:2302.05446.
 
 from __future__ import annotations
 
-from flowrl.objectives.squared_residual import (
-    ResidualOptions,
-    ResidualSettings,
-    SquaredResidual,
-    resolve,
-)
+from flowrl.objectives.residual_settings import ResidualOptions, ResidualSettings, with_bound
+from flowrl.objectives.squared_residual import SquaredResidual
 
 
 class VarGrad(SquaredResidual):
@@ -22,5 +18,4 @@ class VarGrad(SquaredResidual):
     Options = ResidualOptions
 
     def resolve_options(self, options: ResidualOptions) -> ResidualSettings:
-        bound = options.bound or "none"
-        return resolve(options, bound, log_z="group_mean", length_norm=False, reward="raw")
+        return with_bound(options, "none", ResidualSettings(options.beta, log_z="group_mean"))

@@ -141,14 +141,14 @@ def _headline_row(line: Line, before: str, after: str) -> str:
 
 
 def _plot_section(section: Section) -> str:
-    figures = "".join(_figure(plot) for plot in section.plots)
+    figures = "".join(figure_html(plot) for plot in section.plots)
     return (
         f'<section id="{section.name}"><h2>{escape(section.title)}</h2>'
         f'<div class="figures">{figures}</div></section>\n'
     )
 
 
-def _figure(plot: Plot) -> str:
+def figure_html(plot: Plot) -> str:
     label = f'<svg role="img" aria-label="{escape(plot.alt)}"'
     return (
         f'<figure class="card" id="fig-{plot.name}"><h3>{escape(plot.title)}</h3>'

@@ -19,7 +19,8 @@ from typing import Any, Protocol
 from flowrl.records import Prompt, Rollout, Score
 from flowrl.schema import ConfigError, nearest, require
 
-TASK_NAMES = ("countdown", "jsonl", "modular")  # each is the module flowrl.tasks.<name>
+TASK_NAMES = ("countdown", "hypergrid", "jsonl", "modular", "toy_tree")
+"""Each is the module flowrl.tasks.<name>."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Outcome:
 
     text: str
     reward: float
+    solution: str | None = None
+    """As in `Score`: the normal form of a right answer, which names its mode; None where wrong."""
 
 
 class Task(Protocol):

@@ -78,7 +78,8 @@ class Modular:
     def outcomes(self, prompt: Prompt) -> list[Outcome]:
         right = self.solutions(prompt)
         digits = DIGITS[: self.options.p]
-        return [Outcome(x + y, float(x + y in right)) for x in digits for y in digits]
+        texts = [x + y for x in digits for y in digits]
+        return [Outcome(t, 1.0, t) if t in right else Outcome(t, 0.0) for t in texts]
 
     def example(self, index: int) -> tuple[str, str]:
         """A training prompt and an answer that is right with probability 2/p, twice chance.

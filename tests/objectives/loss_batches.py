@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowrl.objectives import LossResult, loss
+from flowrl.objectives import LossResult, loss, names
 from flowrl.records import LossBatch, to_cu_seqlens
 
 
@@ -35,8 +35,11 @@ def one_group_of_four() -> LossBatch:
         "old_logprobs": [[-0.6, -0.9, -0.35], [-3.5, -1.6], [-0.1, -0.2, -0.4], [-1.2]],
         "ref_logprobs": [[-0.7, -1.1, -0.30], [-1.5, -0.4], [-0.4, -0.1, -0.3], [-1.0]],
     }
+    rows["old_values"] = [[0.3, 0.5, -0.2], [0.0, -0.4], [0.1, 0.2, 0.0], [0.6]]
+    rows["values"] = [[0.4, 0.1, -0.2], [0.9, -0.5], [0.1, -0.6, 0.2], [0.7]]
     batch = batch_from_rows(rows, [1.0, -1.0, -1.0, 1.0], [0, 0, 0, 0])
-    return batch.replace(log_z=torch.full((4,), 0.25, dtype=torch.float64))
+    values = torch.linspace(-0.5, 0.3, 9, dtype=torch.float64)
+    return batch.replace(log_z=torch.full((4,), 0.25, dtype=torch.float64), values=values)
 
 
 LENGTHS = (3, 5, 1, 4, 2, 5, 3, 4)
@@ -57,6 +60,7 @@ def two_groups_of_four() -> LossBatch:
         "old_logprobs": old,
         "logprobs": moved(lambda i, t: 0.15 * ((2 * i + 3 * t) % 5 - 2)),
         "ref_logprobs": moved(lambda i, t: -0.10 * ((i + 2 * t) % 3 - 1)),
+        "rollout_logprobs": moved(lambda i, t: 0.05 * ((3 * i + t) % 4 - 1.5)),
     }
     batch = batch_from_rows(rows, [1, 0, 0, 1, 1, 1, 0, 1], [0] * 4 + [1] * 4)
     return batch.replace(log_z=torch.tensor([0.3] * 4 + [-0.2] * 4, dtype=torch.float64))
@@ -78,7 +82,7 @@ def random_batch(seed: int, group_sizes: list[int], masked: bool = True) -> Loss
     mask[cu_seqlens[:-1].long()] = True  # every sequence keeps a token
     groups = torch.arange(len(group_sizes)).repeat_interleave(torch.tensor(group_sizes))
     order = torch.randperm(num_sequences, generator=generator)
-    return LossBatch(
+    batch = LossBatch(
         rewards=normal(num_sequences),
         group_ids=groups[order] * 7 - 3,
         cu_seqlens=cu_seqlens,
@@ -87,7 +91,22 @@ def random_batch(seed: int, group_sizes: list[int], masked: bool = True) -> Loss
         ref_logprobs=old_logprobs + 0.3 * normal(num_tokens),
         response_mask=mask if masked else None,
         log_z=normal(len(group_sizes))[groups[order]],
+        values=normal(num_tokens),
     )
+    old_values = normal(num_tokens)
+    values = old_values + 0.4 * normal(num_tokens)
+    return batch.replace(old_values=old_values, values=values)
+
+
+Cases = list[tuple[str, dict[str, Any]]]
+
+
+def every_objective(variants: Cases, without: Cases | None = None) -> Cases:
+    """The variants, and every objective with its defaults: a registered one joins by itself.
+    Objectives of `without` stay out unless they are among the variants."""
+    left_out = {name for name, _ in without or []}
+    rest = [name for name in names() if (name, {}) not in variants and name not in left_out]
+    return [*variants, *((name, {}) for name in rest)]
 
 
 def leaf(tensor: Tensor | None) -> Tensor:
