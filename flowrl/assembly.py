@@ -20,6 +20,7 @@ from flowrl.objectives.base import Objective
 from flowrl.parallel import Parallel
 from flowrl.rollout import Sampler, build_sampler
 from flowrl.schema import ConfigError, nearest
+from flowrl.staleness import AheadSampler
 from flowrl.tasks import Task, build_task
 
 DEFAULT_TARGET_BETA = 3.0  # of the exact target, for objectives without one of their own
@@ -71,6 +72,11 @@ def resolve(config: Config) -> tuple[Config, Objective]:
 def _resolved_loop(config: Config, objective: Objective) -> LoopConfig:
     """[loop] over the objective's defaults. Raises ConfigError for what cannot work together."""
     loop = with_defaults(config.loop, objective.loop_defaults, objective.name)
+    if config.rollout.max_staleness and loop.shares_groups:
+        raise ConfigError(
+            "rollout.max_staleness generates the batches to come, and loop.dynamic_sampling and "
+            "loop.replay_fraction choose prompts by what was generated; set rollout.max_staleness=0"
+        )
     if config.rollout.engine == "replay" and loop.shares_groups:
         raise ConfigError(
             "recorded rollouts have the prompts of their own run; set loop.dynamic_sampling=false "
@@ -156,5 +162,11 @@ def assemble(config: Config, parallel: Parallel, say: Callable[[str], None]) -> 
     tokenizer = hf_files.load_tokenizer(directory)
     backend = BACKENDS[config.model.backend](config, directory, objective.needs, parallel)
     sampler = build_sampler(config, directory, tokenizer, parallel.device)
-    sampler.load_weights(backend.named_weights(), backend.policy_version)
+    if config.rollout.max_staleness:
+        sampler = AheadSampler(sampler, parallel.device)
+    try:
+        sampler.load_weights(backend.named_weights(), backend.policy_version)
+    except BaseException:
+        sampler.close()  # it may be a process of its own
+        raise
     return Parts(task, objective, directory, tokenizer, sampler, backend)

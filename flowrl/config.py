@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flowrl.loop_config import LoopConfig
+from flowrl.rollout_config import RolloutConfig
 from flowrl.schema import ConfigError, build, require
 
 
@@ -125,38 +126,6 @@ class ValueHeadConfig:
     """Stop the head's gradient at the backbone's hidden states."""
     lr: float | None = None
     """Learning rate of the head. Unset: optimizer.lr."""
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    engine: Literal["hf", "replay"] = "hf"
-    """Sampler: hf (transformers, in process) or replay (recorded rollouts of another run)."""
-    replay_dir: str = ""
-    """Run directory whose recorded rollouts are replayed."""
-    temperature: float = 1.0
-    """Temperature of the sampled distribution, and of every log-prob in training."""
-    max_prompt_tokens: int = 256
-    """Longest prompt accepted."""
-    max_new_tokens: int = 32
-    """Longest response, EOS included; longer ones are truncated."""
-    max_batch_sequences: int = 1024
-    """Sequences that the sampler generates at once."""
-    old_logprobs: Literal["trainer", "rollout"] = "trainer"
-    """Whose log-probs are the old policy's: recomputed by the trainer, or the sampler's own."""
-
-    def __post_init__(self) -> None:
-        require(
-            self.temperature > 0,
-            f"rollout.temperature must be > 0, got {self.temperature}; greedy decoding has no "
-            "importance weights: set rollout.temperature=1.0",
-        )
-        for name in ("max_prompt_tokens", "max_new_tokens", "max_batch_sequences"):
-            _positive("rollout", name, getattr(self, name))
-        require(
-            (self.engine == "replay") == bool(self.replay_dir),
-            "rollout.engine=replay and rollout.replay_dir go together, got "
-            f"engine={self.engine} and replay_dir={self.replay_dir!r}; set both",
-        )
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ def check_free(path: Path) -> None:
             f"run directory {path} exists; continue it with --resume, or choose another with "
             "--run.dir DIR"
         )
-    if path.exists() and any(path.iterdir()):
+    if path.exists() and any(p.name != "logs" for p in path.iterdir()):  # engines log at once
         raise ConfigError(
             f"directory {path} is not empty and holds no run; choose another with --run.dir DIR"
         )

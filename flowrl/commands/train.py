@@ -24,12 +24,16 @@ from flowrl.run_dir import RunDir, check_free, read_config
 from flowrl.run_reader import read_run
 from flowrl.schema import ConfigError
 from flowrl.settings import from_mapping, merge, to_mapping
+from flowrl.staleness import AheadCollector
 from flowrl.trainer import NonFiniteLossError, StepResult, Trainer, TrainingError, check_layout
 
 # Settings that a resumed run may change: none of them changes a number of the steps to come.
 MAY_CHANGE = {
     "trainer.steps", "trainer.max_skipped_updates", "checkpoint.every", "checkpoint.keep_last",
     "run.dir", "run.loggers", "kernels.backend", "reward.max_error_rate", "reward.timeout_s",
+    "rollout.mode", "rollout.server_python", "rollout.restart", "rollout.start_timeout_s",
+    "rollout.generate_timeout_s", "rollout.sync_timeout_s", "rollout.sync_bucket_mb",
+    "rollout.sync_checked_tensors", "rollout.kv_cache_gb", "rollout.gpu_memory_utilization",
 }  # fmt: skip
 
 
@@ -146,7 +150,8 @@ class _Session:
         self.watch = Stopwatch(ranks.device)
         self.evaluator = evaluator
         self.loggers = loggers
-        collector = Collector(config, ranks, parts.task, parts.tokenizer, parts.sampler, self.watch)
+        kind = AheadCollector if config.rollout.max_staleness else Collector
+        collector = kind(config, ranks, parts.task, parts.tokenizer, parts.sampler, self.watch)
         self.trainer = Trainer(
             config, ranks, collector, parts.sampler, parts.backend, parts.objective, self.watch
         )
