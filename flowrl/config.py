@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from flowrl.parallel_config import ParallelConfig
 from flowrl.schema import ConfigError, build, require
 
 
@@ -81,14 +82,21 @@ class BaseConfig:
 class ModelConfig:
     path: str = ""
     """Hugging Face causal LM directory. Empty: the base model that [base] describes."""
-    backend: Literal["hf"] = "hf"
-    """Training backend."""
+    shape: str = ""
+    """What the model must look like, for plan and --dry-run where its files are not at hand: a
+    shipped name (qwen2.5-7b, qwen2.5-32b) or a config.json."""
+    backend: Literal["hf", "megatron"] = "hf"
+    """Training backend: hf (one process per replica) or megatron (tensor and pipeline parallel)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of matrix products, reference and sampler; trained weights are always float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device. auto: cuda where torch sees one."""
     gradient_checkpointing: bool = False
-    """Recompute each layer's activations in backward."""
+    """Recompute each layer's activations in backward (hf; megatron: parallel.recompute)."""
+    fp8: Literal["off", "hybrid", "e4m3"] = "off"
+    """FP8 products in the layers, with Transformer Engine; never in the log-prob head."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
+    """How FP8 scales are found: from earlier steps, or from the tensor at hand."""
 
 
 @dataclass(frozen=True)
@@ -316,6 +324,7 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         longest = self.rollout.max_prompt_tokens + self.rollout.max_new_tokens - 1
@@ -329,6 +338,28 @@ class Config:
             self.rollout.engine != "replay" or not self.eval.num_prompts,
             "a replay has no answers to evaluation problems, got rollout.engine=replay and "
             f"eval.num_prompts={self.eval.num_prompts}; set eval.num_prompts=0",
+        )
+        self._check_backend()
+
+    def _check_backend(self) -> None:
+        megatron, model = self.model.backend == "megatron", self.model
+        require(
+            megatron or self.parallel == ParallelConfig(),
+            "parallel.* splits the policy with megatron-core, got model.backend=hf; "
+            "set model.backend=megatron or leave parallel.* out",
+        )
+        require(
+            megatron or model.fp8 == "off",
+            f"model.fp8 needs model.backend=megatron, got fp8={model.fp8}; set model.fp8=off",
+        )
+        require(
+            model.fp8 == "off" or model.dtype == "bfloat16",
+            f"model.fp8={model.fp8} needs model.dtype=bfloat16, got {model.dtype}; set it",
+        )
+        require(
+            not megatron or not model.gradient_checkpointing,
+            "model.gradient_checkpointing is the hf backend's; with megatron set "
+            "parallel.recompute=full",
         )
 
     @property
