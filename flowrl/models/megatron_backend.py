@@ -180,12 +180,13 @@ class MegatronBackend:
 
     def _load(self, log_z_head: LogZHead | None) -> list[Any]:
         """This process's chunks, with the starting model's weights."""
+        settings = transformer_config(
+            self.shape, self.config.model, self.config.parallel, self.parallel.device
+        )
         count = self.layout.virtual
         chunks = [
             build_chunk(
-                transformer_config(
-                    self.shape, self.config.model, self.config.parallel, self.parallel.device
-                ),
+                settings,  # one for all: the schedule reads and changes it
                 self.shape,
                 self.layout.padded_vocab,
                 index if count > 1 else None,
@@ -193,8 +194,6 @@ class MegatronBackend:
             )
             for index in range(count)
         ]
-        for chunk in chunks[1:]:
-            _share_config(chunk, chunks[0].config)
         with torch.no_grad():
             weights.load(self.model_dir, self.layout, self.place, _finder(chunks))
         return chunks
@@ -325,13 +324,6 @@ def _finder(chunks: Sequence[Any]) -> weights.Find:
         return table[layer, fused[name]] if found is None else found
 
     return find
-
-
-def _share_config(chunk: Any, config: Any) -> None:
-    """One settings object for all chunks: the schedule reads and changes the first chunk's."""
-    for module in chunk.modules():
-        if hasattr(module, "config"):
-            module.config = config
 
 
 def _join_groups(config: Config, parallel: Parallel) -> None:
