@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,13 @@ class ModelShape:
     rope_theta: float
     rope_factor: float | None  # of Llama 3's scaling; None: plain rotary embedding
     tied: bool  # the output layer is the embedding
+
+    def difference(self, other: ModelShape) -> str:
+        """The first field in which the two differ, in words."""
+        for name, mine in asdict(self).items():
+            if mine != getattr(other, name):
+                return f"{name} is {getattr(other, name)} instead of {mine}"
+        return "nothing differs"
 
     @property
     def qkv_bias(self) -> bool:

@@ -23,17 +23,20 @@ from flowrl.schema import ConfigError
 from flowrl.settings import from_mapping, merge, to_mapping
 from flowrl.trainer import NonFiniteLossError, StepResult, Trainer, TrainingError, check_layout
 
-# Settings that a resumed run may change: none of them changes a number of the steps to come.
+# Settings that a resumed run may change: none of them changes a number of the steps to come, but
+# for the rounding of another order of sums where the layout ([parallel]) changes.
 MAY_CHANGE = {
     "trainer.steps", "trainer.max_skipped_updates", "checkpoint.every", "checkpoint.keep_last",
-    "run.dir", "run.loggers", "kernels.backend", "reward.max_error_rate", "reward.timeout_s",
+    "parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.sequence",
+    "parallel.overlap_p2p", "parallel.overlap_grad_reduce", "parallel.recompute",
+    "parallel.reference", "run.dir", "run.loggers", "kernels.backend", "reward.max_error_rate", "reward.timeout_s",
 }  # fmt: skip
 
 
 def run(config: Config) -> None:
     """Trains from step 1. Raises ConfigError if the run directory exists."""
     config, _ = assembly.resolve(config)
-    ranks = parallel.start(config.model.device)
+    ranks = parallel.start(config.model.device, config.parallel)
     check_layout(config, ranks)
     ranks.agree(lambda: check_free(config.run_dir))
     _train(config, ranks, None, is_new=True)
@@ -42,7 +45,7 @@ def run(config: Config) -> None:
 def resume(run_path: Path, overrides: Mapping[str, Any]) -> None:
     """Continues a run from its newest valid checkpoint, or from the start if it has none."""
     config = assembly.resolve(resumed_config(read_config(run_path), overrides))[0]
-    ranks = parallel.start(config.model.device)
+    ranks = parallel.start(config.model.device, config.parallel)
     check_layout(config, ranks)
     console = Console(quiet=not ranks.is_main, soft_wrap=True)
     found = ranks.broadcast(
