@@ -13,7 +13,8 @@ import torch
 from flowrl_kernels import backends
 
 from flowrl import objectives
-from flowrl.config import Config, LogZConfig
+from flowrl.config import Config, LogZConfig, ValueHeadConfig
+from flowrl.loop_config import LoopConfig, with_defaults
 from flowrl.model_shape import read_shape
 from flowrl.models import Backend, base_model, hf_files
 from flowrl.objectives.base import Objective
@@ -47,6 +48,11 @@ def resolve(config: Config) -> tuple[Config, Objective]:
     backend = None if config.kernels.backend == "auto" else config.kernels.backend
     objective = objectives.build(config.objective.name, config.objective.options, backend=backend)
     log_z = _resolved_log_z(config, objective)
+    loop = _resolved_loop(config, objective)
+    if "values" not in objective.needs and config.value_head != ValueHeadConfig():
+        raise ConfigError(
+            f"value_head.* is set, but objective {objective.name} has no value head; leave it out"
+        )
     if objective.coupling == "group" and config.batch.group_size < 2:
         raise ConfigError(
             f"objective {objective.name} compares the members of a group, got batch.group_size="
@@ -60,7 +66,35 @@ def resolve(config: Config) -> tuple[Config, Objective]:
             f"{nearest(config.kernels.backend, ['auto', *available])}"
         )
     target = dataclasses.replace(config.eval, target_beta=beta)
-    return dataclasses.replace(config, log_z=log_z, eval=target), objective
+    return dataclasses.replace(config, log_z=log_z, loop=loop, eval=target), objective
+
+
+def _resolved_loop(config: Config, objective: Objective) -> LoopConfig:
+    """[loop] over the objective's defaults. Raises ConfigError for what cannot work together."""
+    loop = with_defaults(config.loop, objective.loop_defaults, objective.name)
+    if config.rollout.engine == "replay" and loop.shares_groups:
+        raise ConfigError(
+            "recorded rollouts have the prompts of their own run; set loop.dynamic_sampling=false "
+            "and loop.replay_fraction=0 with rollout.engine=replay"
+        )
+    own_ratio = "old" in objective.needs and config.rollout.old_logprobs != "rollout"
+    if loop.replay_fraction and own_ratio:
+        raise ConfigError(
+            f"objective {objective.name} has a ratio to the policy that sampled, which for "
+            "replayed groups is an older one; set rollout.old_logprobs=rollout or "
+            "loop.replay_fraction=0"
+        )
+    if (loop.dynamic_sampling or loop.reference_reset_patience) and config.batch.group_size < 2:
+        raise ConfigError(
+            "loop.dynamic_sampling compares the members of a group, got batch.group_size="
+            f"{config.batch.group_size}; set batch.group_size=8"
+        )
+    if loop.reference_reset_patience and not (config.eval.every and config.eval.num_prompts):
+        raise ConfigError(
+            "loop.reference_reset_patience counts evaluations, and there are none; set eval.every "
+            "and eval.num_prompts, or loop.reference_reset_every"
+        )
+    return loop
 
 
 def _resolved_log_z(config: Config, objective: Objective) -> LogZConfig:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from flowrl.parallel_config import ParallelConfig
+from flowrl.loop_config import LoopConfig
+from flowrl.parallel_config import ParallelConfig, check_backend
 from flowrl.schema import ConfigError, build, require
 
 
@@ -122,6 +123,16 @@ class LogZConfig:
             self.dropout is None or 0 <= self.dropout < 1,
             f"log_z.dropout must be in [0, 1), got {self.dropout}; set log_z.dropout=0",
         )
+
+
+@dataclass(frozen=True)
+class ValueHeadConfig:
+    """The value (or flow) head; used when the objective needs it."""
+
+    detach_hidden: bool = False
+    """Stop the head's gradient at the backbone's hidden states."""
+    lr: float | None = None
+    """Learning rate of the head. Unset: optimizer.lr."""
 
 
 @dataclass(frozen=True)
@@ -315,9 +326,11 @@ class Config:
     base: BaseConfig = field(default_factory=BaseConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     log_z: LogZConfig = field(default_factory=LogZConfig)
+    value_head: ValueHeadConfig = field(default_factory=ValueHeadConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -339,28 +352,7 @@ class Config:
             "a replay has no answers to evaluation problems, got rollout.engine=replay and "
             f"eval.num_prompts={self.eval.num_prompts}; set eval.num_prompts=0",
         )
-        self._check_backend()
-
-    def _check_backend(self) -> None:
-        megatron, model = self.model.backend == "megatron", self.model
-        require(
-            megatron or self.parallel == ParallelConfig(),
-            "parallel.* splits the policy with megatron-core, got model.backend=hf; "
-            "set model.backend=megatron or leave parallel.* out",
-        )
-        require(
-            megatron or model.fp8 == "off",
-            f"model.fp8 needs model.backend=megatron, got fp8={model.fp8}; set model.fp8=off",
-        )
-        require(
-            model.fp8 == "off" or model.dtype == "bfloat16",
-            f"model.fp8={model.fp8} needs model.dtype=bfloat16, got {model.dtype}; set it",
-        )
-        require(
-            not megatron or not model.gradient_checkpointing,
-            "model.gradient_checkpointing is the hf backend's; with megatron set "
-            "parallel.recompute=full",
-        )
+        check_backend(self.model, self.parallel)
 
     @property
     def run_dir(self) -> Path:

@@ -42,7 +42,8 @@ class Evaluator:
         self.problems = self._prompts(config.eval.num_prompts)
         assert config.eval.target_beta is not None, "assembly.resolve fills it"
         self.target_beta = config.eval.target_beta
-        self._reference: dict[int, list[float]] = {}  # by prompt: the reference never changes
+        # By version and prompt: the reference changes only when the loop resets it.
+        self._reference: dict[tuple[int, int], list[float]] = {}
 
     def run(self, sampler: Sampler, backend: Backend | None) -> Evaluation:
         """Every rank takes part and gets the whole result. Without a backend, samples only."""
@@ -150,9 +151,10 @@ class Evaluator:
         self, prompt: Prompt, outcomes: list[Outcome], backend: Backend
     ) -> dict[str, Any]:
         rollouts = self._outcome_rollouts(prompt, outcomes)
-        if prompt.index not in self._reference:
-            self._reference[prompt.index] = self._probabilities(rollouts, backend, reference=True)
-        reference = self._reference[prompt.index]
+        key = (backend.reference_version, prompt.index)
+        if key not in self._reference:
+            self._reference[key] = self._probabilities(rollouts, backend, reference=True)
+        reference = self._reference[key]
         policy = self._probabilities(rollouts, backend, reference=False)
         rewards = [o.reward for o in outcomes]
         target = exact_target(reference, rewards, self.target_beta)

@@ -7,9 +7,12 @@ replicas, each with its share of every update's prompts. Used by model.backend =
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from flowrl.schema import ConfigError, require
+
+if TYPE_CHECKING:
+    from flowrl.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -80,3 +83,26 @@ class ParallelConfig:
                 f"{self.model_size} with torchrun --nproc-per-node {self.model_size}"
             )
         return num_processes // self.model_size
+
+
+def check_backend(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raises ConfigError for settings that model.backend would not read."""
+    megatron = model.backend == "megatron"
+    require(
+        megatron or parallel == ParallelConfig(),
+        "parallel.* splits the policy with megatron-core, got model.backend=hf; "
+        "set model.backend=megatron or leave parallel.* out",
+    )
+    require(
+        megatron or model.fp8 == "off",
+        f"model.fp8 needs model.backend=megatron, got fp8={model.fp8}; set model.fp8=off",
+    )
+    require(
+        model.fp8 == "off" or model.dtype == "bfloat16",
+        f"model.fp8={model.fp8} needs model.dtype=bfloat16, got {model.dtype}; set it",
+    )
+    require(
+        not megatron or not model.gradient_checkpointing,
+        "model.gradient_checkpointing is the hf backend's, got true with model.backend=megatron; "
+        "set parallel.recompute=full instead",
+    )

@@ -7,8 +7,9 @@ log-probs, prepare, then one optimizer update per part of the step, then new wei
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,24 +18,15 @@ from torch import Tensor
 from flowrl import metrics as measure
 from flowrl.config import Config
 from flowrl.data.packing import pack, plan_microbatches
-from flowrl.data.prompts import encode_prompts, step_indices
-from flowrl.models import Backend, LossOutput, Microbatch, UpdateInfo
+from flowrl.experience import Collector, Experience, shaped_rewards
+from flowrl.models import Backend, LossOutput, Microbatch, TokenScores, UpdateInfo
 from flowrl.objectives.base import Objective
 from flowrl.parallel import Parallel
-from flowrl.records import (
-    LossBatch,
-    PackedBatch,
-    Prompt,
-    Rollout,
-    SampleRequest,
-    Score,
-    Totals,
-    take_segments,
-    to_cu_seqlens,
-)
+from flowrl.records import LossBatch, PackedBatch, Rollout, Score, Totals, take_segments
 from flowrl.rollout import Sampler
 from flowrl.schema import ConfigError
-from flowrl.tasks import Task
+from flowrl.step_metrics import Part, summarize
+from flowrl.trust_region import Moved, kl_old_new, take_step
 
 
 class TrainingError(RuntimeError):
@@ -62,22 +54,10 @@ class StepResult:
 
 
 @dataclass
-class Part:
-    """The sequences of one update, on this rank."""
-
-    sequences: list[tuple[Rollout, Score]]
-    packed: PackedBatch
-    loss: LossBatch
-    output: LossOutput | None = None
-    update: UpdateInfo | None = None
-
-
-@dataclass
 class Trainer:
     config: Config
     parallel: Parallel
-    task: Task
-    tokenizer: Any
+    collector: Collector
     sampler: Sampler
     backend: Backend
     objective: Objective
@@ -86,69 +66,41 @@ class Trainer:
 
     def step(self, number: int) -> StepResult:
         """Step `number` (1, 2, ...). A function of the weights, the config and the number."""
-        with self.watch("generate"):
-            rollouts = self.sampler.sample(self._request(number))
-        with self.watch("reward"):
-            scores = self._score(rollouts)
-        packed = pack(rollouts)
-        batch = self._loss_batch(rollouts, scores, packed)
+        experience = self.collector.collect(number)
+        packed = pack(experience.rollouts)
+        batch = self._loss_batch(experience, packed)
         with self.watch("logprob"):
             batch, trainer_logprobs = self._add_logprobs(packed, batch)
         batch = self.objective.prepare(batch, self.parallel.all_reduce)
-        parts = self._split(packed, batch, list(zip(rollouts, scores, strict=True)))
+        parts = self._split(packed, batch, experience)
         with self.watch("train"):
             for index, part in enumerate(parts):
                 self._add_group_log_z(part, trainer_logprobs if index == 0 else None)
                 self._update(part)
         with self.watch("sync"):
             self.sampler.load_weights(self.backend.named_weights(), self.backend.policy_version)
-        return self._summary(rollouts, scores, batch, parts, trainer_logprobs)
+        self._reset_reference(number)
+        return self._summary(experience, batch, parts, trainer_logprobs)
 
     # --- before the update
 
-    def _request(self, number: int) -> SampleRequest:
-        rollout = self.config.rollout
-        return SampleRequest(
-            prompts=self._prompts(number),
-            group_size=self.config.batch.group_size,
-            max_new_tokens=rollout.max_new_tokens,
-            temperature=rollout.temperature,
-            top_p=1.0,
-            seed=self.config.seed,
-            step=number,
-        )
-
-    def _prompts(self, number: int) -> list[Prompt]:
-        """This rank's share of every update of the step, update by update."""
-        sizes = self.config.batch
-        indices = step_indices(number, sizes.prompts_per_step)
-        share = self.parallel.share(sizes.prompts_per_update)
-        mine = [
-            index
-            for update in range(sizes.updates_per_step)
-            for index in indices[update * sizes.prompts_per_update :][share]
-        ]
-        prompts = [self.task.prompt("train", index) for index in mine]
-        return encode_prompts(prompts, self.tokenizer, self.config.rollout.max_prompt_tokens)
-
-    def _score(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        scores = self.task.score(rollouts)
-        errors = [s.error for s in scores if s.error]
-        totals = self.parallel.all_reduce(torch.tensor([len(errors), len(scores)]).double())
-        limit = self.config.reward.max_error_rate
-        measure.error_rate(float(totals[0]), float(totals[1]), errors, limit)
-        return scores
-
-    def _loss_batch(
-        self, rollouts: Sequence[Rollout], scores: Sequence[Score], packed: PackedBatch
-    ) -> LossBatch:
+    def _loss_batch(self, experience: Experience, packed: PackedBatch) -> LossBatch:
+        rollouts, loop = experience.rollouts, self.config.loop
         flat = [p for r in rollouts for p in r.rollout_logprobs]
+        truncated = torch.tensor([r.truncated for r in rollouts])
+        rewards = torch.tensor([s.reward for s in experience.scores], dtype=torch.float32)
+        lengths = packed.cu_seqlens.diff().long()
+        longest = self.config.rollout.max_new_tokens
+        kept = None
+        if loop.mask_truncated and bool(truncated.any()):
+            kept = ~truncated.repeat_interleave(lengths)
         return LossBatch(
-            rewards=torch.tensor([s.reward for s in scores], dtype=torch.float32),
+            rewards=shaped_rewards(rewards, lengths, truncated, loop, longest),
             group_ids=torch.tensor([r.prompt.index for r in rollouts]),
             cu_seqlens=packed.cu_seqlens,
             rollout_logprobs=torch.tensor(flat, dtype=torch.float32),
-            truncated=torch.tensor([r.truncated for r in rollouts]),
+            response_mask=kept,
+            truncated=truncated,
         )
 
     @property
@@ -158,7 +110,7 @@ class Trainer:
         return (
             self.config.batch.updates_per_step > 1
             or self.objective.coupling == "group"
-            or "old_pass" in self.objective.needs
+            or bool(self.objective.needs & {"old_pass", "values"})
         )
 
     def _add_logprobs(
@@ -168,38 +120,44 @@ class Trainer:
         (T,), None where the first update's loss will tell them."""
         own = None
         if self.needs_old_pass:
-            own, entropy = self._logprobs(packed, entropy=True)
-            batch = batch.replace(entropy=entropy)
+            scores = self._scores(packed, entropy=True)
+            own = scores.logprobs
+            batch = batch.replace(entropy=scores.entropy, old_values=scores.values)
         use_rollout = self.config.rollout.old_logprobs == "rollout"
         batch = batch.replace(old_logprobs=batch.rollout_logprobs if use_rollout else own)
         if "ref" in self.objective.needs:
-            reference, _ = self._logprobs(packed, reference=True)
-            batch = batch.replace(ref_logprobs=reference)
+            reference = self._scores(packed, reference=True)
+            batch = batch.replace(ref_logprobs=reference.logprobs)
         return batch, own
 
-    def _logprobs(
+    def _scores(
         self, packed: PackedBatch, *, reference: bool = False, entropy: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """(T,) in the batch's own order, on CPU, from passes without gradient."""
+    ) -> TokenScores:
+        """Per token (T,) in the batch's own order, on CPU, from passes without gradient."""
         plan = plan_microbatches(packed, self.config.batch.tokens_per_microbatch)
         parts = [packed.select(indices) for indices in plan]
-        scores = self.backend.logprobs(parts, reference=reference, entropy=entropy)
+        found = self.backend.logprobs(parts, reference=reference, entropy=entropy)
         restore = _token_order(packed.cu_seqlens, plan)
-        found = None if scores.entropy is None else scores.entropy.cpu()[restore]
-        return scores.logprobs.cpu()[restore], found
+        optional = (found.entropy, found.values)
+        return TokenScores(
+            found.logprobs.cpu()[restore],
+            *(None if x is None else x.cpu()[restore] for x in optional),
+        )
 
-    def _split(
-        self, packed: PackedBatch, batch: LossBatch, sequences: list[tuple[Rollout, Score]]
-    ) -> list[Part]:
-        """Sequences of each update, with the totals of the update over all ranks."""
+    def _split(self, packed: PackedBatch, batch: LossBatch, experience: Experience) -> list[Part]:
+        """Groups of each update, with the totals of the update over all ranks."""
         updates = self.config.batch.updates_per_step
+        first = torch.ones(1, dtype=torch.int64)
+        group = torch.cat([first, (batch.group_ids.diff() != 0).long()]).cumsum(0) - 1  # (N,)
+        per_update = self.config.batch.prompts_per_update // self.parallel.world_size
         parts = []
-        for indices in torch.arange(batch.num_sequences).chunk(updates):
+        for update in range(updates):
+            indices = (group // per_update == update).nonzero().flatten()
             loss = batch.select(indices)
             groups = loss.group_ids.unique().numel()
             sizes = torch.tensor([loss.num_sequences, int(loss.mask.sum()), groups]).double()
             totals = Totals(*self.parallel.all_reduce(sizes).tolist())
-            mine = [sequences[i] for i in indices.tolist()]
+            mine = [(experience.rollouts[i], experience.scores[i]) for i in indices.tolist()]
             parts.append(Part(mine, packed.select(indices), loss.replace(totals=totals)))
         return parts
 
@@ -209,7 +167,7 @@ class Trainer:
         if self.objective.coupling != "group":
             return
         if step_logprobs is None:
-            current, _ = self._logprobs(part.packed)
+            current = self._scores(part.packed).logprobs
         else:
             current = step_logprobs[: int(part.loss.cu_seqlens[-1])]
         batch = part.loss.replace(logprobs=current).to(self.parallel.device)
@@ -231,7 +189,7 @@ class Trainer:
             metrics={name: rows.cpu()[order] for name, rows in output.metrics.items()},
         )
         self._check_finite(part)
-        part.update = self.backend.step()
+        part.update = self._move(part, microbatches)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if part.update.skipped else 0
         if self.skipped_in_a_row > self.config.trainer.max_skipped_updates:
             raise TrainingError(
@@ -251,85 +209,85 @@ class Trainer:
             [(r, s, b) for (r, s), b in zip(part.sequences, bad.tolist(), strict=True)],
         )
 
+    def _move(self, part: Part, microbatches: Sequence[Microbatch]) -> UpdateInfo:
+        """The optimizer's step, within the objective's trust region if it has one."""
+        assert part.output is not None
+        region = self.objective.trust_region
+        if region is not None:
+            before = part.output.loss
+            part.moved = take_step(
+                self.backend, region, microbatches, lambda: self._measure(part), before
+            )
+            update = part.moved.update
+        else:
+            update = self.backend.step()
+        if "kl_old_new" in self.objective.needs:
+            if part.moved is None:
+                part.moved = Moved(update, self._measure(part)[0])
+            self.objective.after_update(part.moved.kl)
+        return update
+
+    @torch.no_grad()
+    def _measure(self, part: Part) -> tuple[float, float]:
+        """KL(old || new) per token and the loss over all ranks, at the weights as they are now."""
+        assert part.output is not None
+        scores = self._scores(part.packed, entropy="entropy" in self.objective.needs)
+        batch = part.loss
+        old = part.output.logprobs if batch.old_logprobs is None else batch.old_logprobs
+        now = batch.replace(
+            logprobs=scores.logprobs, old_logprobs=old, values=scores.values, entropy=scores.entropy
+        )
+        loss, _ = self.objective.loss(now)
+        mean = kl_old_new(scores.logprobs, old, batch)
+        kl, total = self.parallel.all_reduce(torch.stack([mean, loss.double()])).tolist()
+        return kl, total
+
     # --- after the update
+
+    def _reset_reference(self, number: int) -> None:
+        every = self.config.loop.reference_reset_every
+        if every and number % every == 0:
+            self.reset_reference()
+
+    def reset_reference(self) -> None:
+        """The reference becomes the current policy (ProRL, arXiv:2505.24864, section 3.2)."""
+        self.backend.reset_reference()
+        if self.config.loop.reset_optimizer:
+            self.backend.reset_optimizer()
 
     def _summary(
         self,
-        rollouts: list[Rollout],
-        scores: list[Score],
+        experience: Experience,
         batch: LossBatch,
         parts: Sequence[Part],
         trainer_logprobs: Tensor | None,
     ) -> StepResult:
-        outputs = [part.output for part in parts if part.output is not None]
-        updates = [part.update for part in parts if part.update is not None]
-        names = outputs[0].metrics
-        rows = {name: torch.cat([o.metrics[name] for o in outputs]) for name in names}
-        if trainer_logprobs is None:
-            trainer_logprobs = torch.cat([o.logprobs for o in outputs])
-        entropy = batch.entropy
-        if entropy is None:
-            entropy = torch.cat([o.entropy for o in outputs if o.entropy is not None])
-        batch = batch.replace(logprobs=trainer_logprobs, entropy=entropy)
-        whole = self._gathered(scores, batch, rows)
-        metrics = measure.reward_metrics(whole["reward"], self.config.batch.group_size)
-        metrics["reward/error_rate"] = float(whole["error"].double().mean())
-        metrics["diversity/distinct_solutions"] = self._distinct_solutions(rollouts, scores)
-        metrics |= measure.length_metrics(whole["length"], whole["truncated"])
-        metrics |= self._actor_metrics(outputs, updates, whole)
-        metrics |= measure.mismatch_metrics(whole)
-        objective_rows = {name: whole[name] for name in rows}
-        sequences = LossBatch(whole["reward"], whole["group_id"], to_cu_seqlens(whole["length"]))
-        metrics |= self.objective.summarize(objective_rows, sequences)
-        return StepResult(metrics, rollouts, scores, rows, int(whole["length"].sum()))
+        metrics, rows = summarize(
+            self.config, self.parallel, self.objective, experience, batch, parts, trainer_logprobs
+        )
+        num_tokens = int(self.parallel.all_reduce(batch.lengths.sum().double()))
+        return StepResult(metrics, experience.rollouts, experience.scores, rows, num_tokens)
 
-    def _gathered(
-        self, scores: Sequence[Score], batch: LossBatch, rows: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Per-sequence numbers of all ranks, in prompt order."""
-        assert batch.logprobs is not None
-        assert batch.entropy is not None
-        mine = {
-            "group_id": batch.group_ids,
-            "reward": batch.rewards,
-            "error": torch.tensor([s.error is not None for s in scores]),
-            "length": batch.lengths,
-            "truncated": batch.truncated,
-            "entropy": measure.segment_sum(batch.entropy, batch.cu_seqlens),
-            **measure.mismatch_rows(batch, batch.logprobs),
-            **rows,
+    # --- state
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the backend's files."""
+        return {
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "collector": self.collector.state(),
+            "objective": self.objective.state(),
         }
-        if batch.ref_logprobs is not None:
-            log_ratio = torch.where(batch.mask, batch.logprobs - batch.ref_logprobs, 0.0)
-            mine["kl_ref"] = measure.segment_sum(log_ratio, batch.cu_seqlens)
-        shares = self.parallel.gather(mine)
-        whole = {name: torch.cat([share[name] for share in shares]) for name in mine}
-        order = whole["group_id"].argsort(stable=True)
-        return {name: values[order] for name, values in whole.items()}
 
-    def _actor_metrics(
-        self, outputs: Sequence[LossOutput], updates: Sequence[UpdateInfo], whole: dict[str, Tensor]
-    ) -> dict[str, float]:
-        """loss, grad_norm: means over the step's updates. entropy, kl_ref: per response token."""
-        tokens = whole["tokens"].sum()
-        norms = [u.grad_norm for u in updates if not u.skipped]
-        metrics = {
-            "actor/loss": sum(o.loss for o in outputs) / len(outputs),
-            "actor/grad_norm": sum(norms) / len(norms) if norms else 0.0,
-            "actor/lr": updates[-1].lr,
-            "actor/skipped_updates": float(sum(u.skipped for u in updates)),
-        }
-        for name in ("entropy", "kl_ref"):
-            if name in whole:
-                metrics[f"actor/{name}"] = float(whole[name].sum() / tokens)
-        return metrics
+    def save(self, directory: Path) -> None:
+        self.backend.save_state(directory)
+        self.collector.save(directory)
 
-    def _distinct_solutions(self, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> float:
-        """Distinct right answers per prompt, after their normal form."""
-        found = {(r.prompt.index, s.solution) for r, s in zip(rollouts, scores, strict=True)
-                 if s.correct and s.solution}  # fmt: skip
-        total = self.parallel.all_reduce(torch.tensor(len(found)).double())
-        return float(total) / self.config.batch.prompts_per_step
+    def load(self, state: Mapping[str, Any], directory: Path) -> None:
+        self.backend.load_state(directory)
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.collector.load(state["collector"], directory)
+        self.objective.load_state(state["objective"])
+        self.sampler.load_weights(self.backend.named_weights(), self.backend.policy_version)
 
 
 def check_layout(config: Config, parallel: Parallel) -> None:

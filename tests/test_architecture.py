@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SIBLINGS = ("data", "tasks", "rollout", "objectives", "models")
-BASE = {"schema", "config", "settings", "records", "parallel", "metrics", "weights"}
+BASE = {"schema", "config", "loop_config", "settings", "records", "parallel", "metrics", "weights"}
 HEAVY = {  # package -> the only modules that may import it
     "vllm": {"flowrl/rollout/vllm_sampler.py"},
     "megatron": {"flowrl/models/megatron_"},

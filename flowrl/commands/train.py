@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from rich.console import Console
 from flowrl import assembly, checkpoint, parallel
 from flowrl.config import Config
 from flowrl.display import Display, before_after
-from flowrl.evaluation import Evaluator
+from flowrl.evaluation import Evaluation, Evaluator
+from flowrl.experience import Collector
 from flowrl.loggers import Logger, build_loggers, check_loggers
 from flowrl.metrics import Stopwatch, peak_memory_gb
 from flowrl.parallel import Parallel
@@ -146,16 +149,11 @@ class _Session:
         self.watch = Stopwatch(ranks.device)
         self.evaluator = evaluator
         self.loggers = loggers
+        collector = Collector(config, ranks, parts.task, parts.tokenizer, parts.sampler, self.watch)
         self.trainer = Trainer(
-            config,
-            ranks,
-            parts.task,
-            parts.tokenizer,
-            parts.sampler,
-            parts.backend,
-            parts.objective,
-            self.watch,
+            config, ranks, collector, parts.sampler, parts.backend, parts.objective, self.watch
         )
+        self.plateau = Plateau(config.loop.reference_reset_patience or 0)
 
     def train(self, found: checkpoint.Checkpoint | None) -> None:
         start = self._restore(found) if found else self._begin()
@@ -176,11 +174,8 @@ class _Session:
         return 0
 
     def _restore(self, found: checkpoint.Checkpoint) -> int:
-        self.parts.backend.load_state(found.path)
-        self.parts.sampler.load_weights(
-            self.parts.backend.named_weights(), self.parts.backend.policy_version
-        )
-        self.trainer.skipped_in_a_row = found.state["skipped_in_a_row"]
+        self.trainer.load(found.state["trainer"], found.path)
+        self.plateau = Plateau(**found.state["plateau"])
         self.run_dir.cut_back(found.step, found.state["lengths"])
         self.display.say(f"resumed from {found.path.name}")
         return found.step
@@ -223,13 +218,21 @@ class _Session:
         for logger in self.loggers:
             logger.log(number, evaluation.metrics)
         self.display.evaluation(number, evaluation.metrics)
+        self._watch_plateau(number, evaluation)
+
+    def _watch_plateau(self, number: int, evaluation: Evaluation) -> None:
+        score = evaluation.metrics[f"eval/{self.parts.task.name}/avg@{self.config.eval.samples}"]
+        if self.plateau.reached(score):
+            self.display.say(f"step {number}: no better avg@n; the reference is the policy now")
+            self.trainer.reset_reference()
 
     def _checkpoint(self, number: int) -> None:
         state = {
             "step": number,
             "lengths": self.run_dir.lengths(),
             "kernel_backend": assembly.kernel_backend(self.config),
-            "skipped_in_a_row": self.trainer.skipped_in_a_row,
+            "trainer": self.trainer.state(),
+            "plateau": dataclasses.asdict(self.plateau),
             "config": to_mapping(self.config),
         }
         began = time.perf_counter()
@@ -237,7 +240,7 @@ class _Session:
             self.run_dir.path,
             number,
             state,
-            self.parts.backend.save_state,
+            self.trainer.save,
             self.ranks,
             self.config.checkpoint.keep_last,
         )
@@ -248,6 +251,26 @@ class _Session:
         if self.ranks.is_main:
             row = {"kind": kind, "step": number, f"timing_s/{kind}": seconds}
             self.run_dir.timing.write(row)
+
+
+@dataclass
+class Plateau:
+    """Counts evaluations without a better score; `patience` 0 never reaches one."""
+
+    patience: int
+    best: float | None = None
+    since: int = 0
+
+    def reached(self, score: float) -> bool:
+        """Whether this is the patience-th in a row; counting starts anew then."""
+        if self.best is None or score > self.best:
+            self.best, self.since = score, 0
+        else:
+            self.since += 1
+        if not self.patience or self.since < self.patience:
+            return False
+        self.since = 0
+        return True
 
 
 def _due(number: int, every: int) -> bool:

@@ -22,11 +22,14 @@ from torch import Tensor, nn
 from flowrl.config import Config
 from flowrl.models import LossOutput, Microbatch, TokenScores, UpdateInfo
 from flowrl.models import packed_attention as attention
-from flowrl.models.hf_files import export_hf, fingerprint, load_causal_lm
+from flowrl.models.hf_files import export_hf, fingerprint
+from flowrl.models.hf_forward import check_forward, load_model, packed_hidden, probe
 from flowrl.models.log_z import LogZHead
-from flowrl.objectives.base import Objective
+from flowrl.models.natural_gradient import natural_gradient
+from flowrl.models.value_head import ValueHead
+from flowrl.objectives.base import Objective, TrustRegion
 from flowrl.parallel import Parallel
-from flowrl.records import PackedBatch, to_cu_seqlens
+from flowrl.records import PackedBatch
 from flowrl.schema import ConfigError
 
 REDUCE_BUCKET_BYTES = 64 << 20  # gradients are summed over ranks in buckets of this size
@@ -43,16 +46,22 @@ class HFBackend:
         self.parallel = parallel
         self.policy_version = 0
         self.dtype = getattr(torch, config.model.dtype)
-        self.model = _load(model_dir, torch.float32, parallel.device)
-        own, probe = _probe(self.model, parallel.device)
+        self.model = load_model(model_dir, torch.float32, parallel.device)
+        own, probed = probe(self.model, parallel.device)
         self.model.set_attn_implementation(attention.NAME)
-        _check_forward(self.model, own, probe)
+        check_forward(self.model, own, probed)
         if config.model.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.model.train()
         self.log_z_head = self._build_log_z() if "log_z" in needs else None
+        self.value_head = self._build_value_head() if "values" in needs else None
         self._reference: Any = None
-        self.params = dict(self.model.named_parameters()) | _prefixed("log_z", self.log_z_head)
+        self.reference_version = 0
+        self.params = {
+            **dict(self.model.named_parameters()),
+            **_prefixed("log_z", self.log_z_head),
+            **_prefixed("value_head", self.value_head),
+        }
         self.optimizer = torch.optim.AdamW(
             self._param_groups(), betas=config.optimizer.betas, eps=config.optimizer.eps
         )
@@ -65,13 +74,15 @@ class HFBackend:
         self, batches: Sequence[PackedBatch], *, reference: bool = False, entropy: bool = False
     ) -> TokenScores:
         model = self.reference if reference else self.model
-        scores = []
+        scores, values = [], []
         for batch in batches:
             batch = batch.to(self.parallel.device)
-            hidden = self._hidden(model, batch)
+            hidden = self._hidden(model, batch)[batch.hidden_rows]
+            if self.value_head is not None and not reference:
+                values.append(self.value_head(hidden))
             scores.append(
                 linear_logprobs(
-                    hidden[batch.hidden_rows],
+                    hidden,
                     self._head_weight(model),
                     batch.targets,
                     entropy="metric" if entropy else "none",
@@ -81,6 +92,7 @@ class HFBackend:
         return TokenScores(
             torch.cat([s.logprobs for s in scores]),
             torch.cat([s.entropy for s in scores]) if entropy else None,
+            torch.cat(values) if values else None,
         )
 
     def forward_backward(
@@ -95,13 +107,16 @@ class HFBackend:
             if self.log_z_head is not None:
                 keys = self._dropout_keys(microbatch)
                 inputs["log_z"] = self.log_z_head(hidden, packed, keys)
+            rows = hidden[packed.hidden_rows]
+            values = {} if self.value_head is None else {"values": self.value_head(rows)}
             output = linear_policy_loss(
-                hidden[packed.hidden_rows],
+                rows,
                 self._head_weight(self.model),
                 packed.targets,
                 packed.cu_seqlens,
                 self._chunk_objective(microbatch, objective),
                 sequence_inputs=inputs,
+                token_inputs=values,
                 entropy=entropy_mode,
                 **self._head_options,
             )
@@ -127,15 +142,15 @@ class HFBackend:
             part = batch
             if (rows.sequences.start, rows.sequences.stop) != (0, batch.num_sequences):
                 part = batch.select(torch.arange(batch.num_sequences)[rows.sequences])
-            log_z = rows.inputs.get("log_z")
-            return objective.loss(part.replace(logprobs=logprobs, entropy=entropy, log_z=log_z))
+            given = {"logprobs": logprobs, "entropy": entropy, "log_z": None, "values": None}
+            return objective.loss(part.replace(**{**given, **rows.inputs}))
 
         return evaluate
 
     def _hidden(self, model: Any, batch: PackedBatch) -> Tensor:
         """Hidden states after the final norm, (T_model, D)."""
         with self._autocast():
-            return _packed_hidden(model, batch).to(self.dtype)
+            return packed_hidden(model, batch).to(self.dtype)
 
     def _head_weight(self, model: Any) -> Tensor:  # (V, D)
         return model.get_output_embeddings().weight.to(self.dtype)
@@ -158,6 +173,23 @@ class HFBackend:
 
     def step(self) -> UpdateInfo:
         """Sums gradients over ranks, clips, updates. A non-finite norm leaves all as it is."""
+        return self._step(lambda: None)
+
+    def natural_step(self, microbatches: Sequence[Microbatch], region: TrustRegion) -> UpdateInfo:
+        """The backbone moves along the natural gradient, heads by the optimizer; see `Backend`."""
+
+        def move() -> None:
+            natural_gradient(
+                dict(self.model.named_parameters()),
+                lambda batch: self._logits(self.model, batch),
+                [m.packed.to(self.parallel.device) for m in microbatches],
+                region,
+                self.parallel,
+            )
+
+        return self._step(move)
+
+    def _step(self, before: Callable[[], None]) -> UpdateInfo:
         options = self.config.optimizer
         self._reduce_gradients()
         grads = [p.grad for p in self.params.values() if p.grad is not None]
@@ -167,6 +199,7 @@ class HFBackend:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * scale
         if finite:
+            before()
             if options.grad_clip:
                 nn.utils.clip_grads_with_norm_(self.params.values(), options.grad_clip, norm)
             self.optimizer.step()
@@ -174,6 +207,22 @@ class HFBackend:
         self._num_updates += 1
         self.optimizer.zero_grad(set_to_none=True)
         return UpdateInfo(float(norm), options.lr * scale, skipped=not finite)
+
+    def _logits(self, model: Any, batch: PackedBatch) -> Tensor:
+        """(T, V) at the response rows, tempered: for models small enough to hold them."""
+        rows = self._hidden(model, batch)[batch.hidden_rows]
+        return rows @ self._head_weight(model).T / self.config.rollout.temperature
+
+    def snapshot(self) -> list[Tensor]:
+        return [param.detach().clone() for param in self.params.values()]
+
+    @torch.no_grad()
+    def interpolate(self, start: list[Tensor], share: float) -> None:
+        for param, old in zip(self.params.values(), start, strict=True):
+            param.copy_(torch.lerp(old, param, share) if share else old)
+
+    def reset_optimizer(self) -> None:
+        self.optimizer.state.clear()
 
     def _reduce_gradients(self) -> None:
         if self.parallel.world_size == 1:
@@ -209,14 +258,24 @@ class HFBackend:
             lr = options.lr if self.config.log_z.lr is None else self.config.log_z.lr
             head = list(self.log_z_head.parameters())
             groups.append({"params": head, "lr": lr, "weight_decay": 0.0})
+        if self.value_head is not None:
+            lr = self.config.value_head.lr
+            head = list(self.value_head.parameters())
+            groups.append(
+                {"params": head, "lr": options.lr if lr is None else lr, "weight_decay": 0.0}
+            )
         return [{**g, "peak_lr": g["lr"]} for g in groups if g["params"]]
 
-    # --- log Z head and reference
+    # --- heads and reference
 
     def _build_log_z(self) -> LogZHead:
         with _seeded(self.config.seed, torch.device("cpu")):
             head = LogZHead(self.model.config.get_text_config().hidden_size, self.config.log_z)
         return head.to(self.parallel.device)
+
+    def _build_value_head(self) -> ValueHead:
+        size = self.model.config.get_text_config().hidden_size
+        return ValueHead(size, self.config.value_head).to(self.parallel.device)
 
     def _dropout_keys(self, microbatch: Microbatch) -> Tensor:
         """The head's dropout is a function of (seed, update, prompt): nothing to save."""
@@ -225,12 +284,19 @@ class HFBackend:
 
     @property
     def reference(self) -> Any:
-        """The frozen starting policy, loaded when first asked for."""
+        """The frozen starting policy, or that of the last reset; loaded when first asked for."""
         if self._reference is None:
-            self._reference = _load(self.model_dir, self.dtype, self.parallel.device)
+            self._reference = load_model(self.model_dir, self.dtype, self.parallel.device)
             self._reference.set_attn_implementation(attention.NAME)
             self._reference.eval().requires_grad_(False)
         return self._reference
+
+    @torch.no_grad()
+    def reset_reference(self) -> None:
+        own = dict(self.model.named_parameters())
+        for name, param in self.reference.named_parameters():
+            param.copy_(own[name])
+        self.reference_version += 1
 
     # --- weights and state
 
@@ -248,12 +314,15 @@ class HFBackend:
         for name, param in self.params.items():
             for key, value in self.optimizer.state.get(param, {}).items():
                 state[f"{key}.{name}"] = value
+        if self.reference_version:
+            state |= {f"reference.{n}": p for n, p in self.reference.named_parameters()}
         save_file(
             {k: v.contiguous().cpu() for k, v in state.items()}, directory / "state.safetensors"
         )
         counters = {
             "policy_version": self.policy_version,
             "num_updates": self._num_updates,
+            "reference_version": self.reference_version,
             "start_model": fingerprint(self.model_dir),
         }
         (directory / "backend.json").write_text(json.dumps(counters))
@@ -282,58 +351,13 @@ class HFBackend:
             if moments:
                 moments["step"] = moments["step"].cpu()
                 self.optimizer.state[param] = moments
+        kept = {k: v for k, v in state.items() if k.startswith("reference.")}
+        self.reference_version = counters["reference_version"]
+        if kept:
+            for name, param in self.reference.named_parameters():
+                param.data.copy_(kept[f"reference.{name}"])
         self.policy_version = counters["policy_version"]
         self._num_updates = counters["num_updates"]
-
-
-def _load(model_dir: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    model = load_causal_lm(model_dir, dtype, device)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010
-    return model
-
-
-@torch.no_grad()
-def _check_forward(model: Any, own: Sequence[Tensor], batch: PackedBatch) -> None:
-    """Compares logits from the packed forward and hidden @ weight.T with the model's `own`. A head
-    with a bias, a scale or a soft cap, attention sinks, or layers that cannot
-    tell packed sequences apart would otherwise be trained on wrong log-probs without an error."""
-    hidden = _packed_hidden(model, batch)
-    found = hidden @ model.get_output_embeddings().weight.T
-    if not torch.allclose(found, torch.cat(list(own)), atol=1e-3, rtol=1e-3):
-        raise ConfigError(
-            f"{type(model).__name__} does not give hidden @ weight.T over packed sequences (other "
-            "head or attention, or recurrent layers); use a model of the Llama or Qwen family"
-        )
-
-
-def _probe(model: Any, device: torch.device) -> tuple[list[Tensor], PackedBatch]:
-    """Logits of two short sequences by the model's own forward, and the two as a packed batch."""
-    vocabulary = model.config.get_text_config().vocab_size
-    lengths = torch.tensor([5, 3], dtype=torch.int32)
-    ids = torch.arange(8).remainder(vocabulary)
-    offsets = to_cu_seqlens(lengths)
-    batch = PackedBatch(ids, offsets, lengths, ids, offsets).to(device)
-    with torch.no_grad():
-        own = [
-            model(input_ids=part[None].to(device), use_cache=False).logits[0]
-            for part in ids.split(lengths.tolist())
-        ]
-    return own, batch
-
-
-def _packed_hidden(model: Any, batch: PackedBatch) -> Tensor:  # (T_model, D)
-    output = model.base_model(
-        input_ids=batch.token_ids.unsqueeze(0),
-        position_ids=batch.position_ids.unsqueeze(0),
-        use_cache=False,
-        packed_cu_seqlens=batch.model_cu_seqlens,
-        packed_max_length=int(batch.model_cu_seqlens.diff().max()),
-    )
-    return output.last_hidden_state.squeeze(0)
 
 
 def _prefixed(prefix: str, module: nn.Module | None) -> dict[str, nn.Parameter]:

@@ -12,7 +12,8 @@ from flowrl.config import LogZConfig
 from flowrl.data.packing import pack
 from flowrl.models import Microbatch
 from flowrl.models import packed_attention as attention
-from flowrl.models.hf_backend import HFBackend, _check_forward, _probe
+from flowrl.models.hf_backend import HFBackend
+from flowrl.models.hf_forward import check_forward, probe
 from flowrl.models.log_z import LogZHead, _dropout_mask
 from flowrl.objectives.base import count_totals
 from flowrl.parallel import Parallel
@@ -219,15 +220,15 @@ def test_state_without_the_head_is_refused(tiny_config, base_dir, tmp_path):
 def test_a_model_with_another_head_is_refused(base_dir):
     model = AutoModelForCausalLM.from_pretrained(base_dir)
     head: Any = model.get_output_embeddings()
-    own, probe = _probe(model, ALONE.device)
+    own, probed = probe(model, ALONE.device)
     model.set_attn_implementation(attention.NAME)
-    _check_forward(model, own, probe)
+    check_forward(model, own, probed)
     head.bias = torch.nn.Parameter(torch.ones(head.weight.shape[0]))
     model.set_attn_implementation("sdpa")
-    own, probe = _probe(model, ALONE.device)
+    own, probed = probe(model, ALONE.device)
     model.set_attn_implementation(attention.NAME)
     with pytest.raises(ConfigError, match=r"hidden @ weight.T"):
-        _check_forward(model, own, probe)
+        check_forward(model, own, probed)
 
 
 def test_a_model_that_cannot_tell_packed_sequences_apart_is_refused(base_dir):
@@ -239,10 +240,10 @@ def test_a_model_that_cannot_tell_packed_sequences_apart_is_refused(base_dir):
 
     AttentionInterface.register("leaky", leaky)
     model = AutoModelForCausalLM.from_pretrained(base_dir)
-    own, probe = _probe(model, ALONE.device)
+    own, probed = probe(model, ALONE.device)
     model.set_attn_implementation("leaky")
     with pytest.raises(ConfigError, match="packed sequences"):
-        _check_forward(model, own, probe)
+        check_forward(model, own, probed)
 
 
 def test_bfloat16_compute_keeps_float32_weights(tiny_config, base_dir):
