@@ -17,6 +17,7 @@ from flowrl.config import Config, LogZConfig, ValueHeadConfig
 from flowrl.loop_config import LoopConfig, with_defaults
 from flowrl.model_shape import read_shape
 from flowrl.models import Backend, base_model, hf_files
+from flowrl.models.megatron_cpu_shim import silence_megatron
 from flowrl.objectives.base import Objective
 from flowrl.parallel import Parallel
 from flowrl.replica import ReplicaSampler, ReplicaTask
@@ -149,15 +150,14 @@ def build_backend(
     return _backend(config, directory, objective, parallel)
 
 
-def _backend(
-    config: Config, directory: Path, objective: Objective, parallel: Parallel
-) -> Backend:
+def _backend(config: Config, directory: Path, objective: Objective, parallel: Parallel) -> Backend:
     check_shape(config, directory)
     if config.model.backend == "hf":
         from flowrl.models.hf_backend import HFBackend
 
         return HFBackend(config, directory, objective.needs, parallel)
     check_megatron()
+    silence_megatron()
     from flowrl.models.megatron_backend import MegatronBackend
 
     return MegatronBackend(config, directory, objective.needs, parallel)
@@ -178,8 +178,8 @@ def check_shape(config: Config, directory: Path) -> None:
         wanted, found = read_shape(config.model.shape), read_shape(directory)
         if wanted != found:
             raise ConfigError(
-                f"the model in {directory} is not {config.model.shape}: {wanted.difference(found)}; "
-                "set model.path to that model, or model.shape to nothing"
+                f"the model in {directory} is not {config.model.shape}: "
+                f"{wanted.difference(found)}; set model.path to it, or leave model.shape out"
             )
 
 

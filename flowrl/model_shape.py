@@ -101,11 +101,15 @@ def read_shape(where: str | Path) -> ModelShape:
     elif path.suffix != ".json":
         path = SHAPES_DIR / f"{where}.json"
         if not path.is_file():
-            raise ConfigError(f"no model shape called {str(where)!r}{nearest(str(where), shape_names())}")
+            raise ConfigError(
+                f"no model shape called {str(where)!r}{nearest(str(where), shape_names())}"
+            )
     try:
         fields = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}; give a Hugging Face config.json") from error
+        raise ConfigError(
+            f"cannot read {path}: {error}; give a Hugging Face config.json"
+        ) from error
     return shape_of(fields, str(path))
 
 
@@ -181,7 +185,7 @@ def _rotary(fields: Mapping[str, Any], where: str) -> tuple[float, float | None]
 
 
 def check_split(shape: ModelShape, parallel: ParallelConfig) -> None:
-    """Raises ConfigError where the model does not divide over the ranks that [parallel] asks for."""
+    """Raises ConfigError where the model does not divide over the ranks of [parallel]."""
     for name, size in (
         ("attention heads", shape.num_heads),
         ("key-value heads", shape.num_kv_heads),

@@ -43,8 +43,8 @@ class ParallelConfig:
             require(value >= 1, f"parallel.{name} must be >= 1, got {value}; set parallel.{name}=1")
         require(
             self.context == 1,
-            "parallel.context must be 1: Megatron splits attention over ranks only with Transformer "
-            f"Engine, and packed log-probs over split sequences are not implemented, got "
+            "parallel.context must be 1: Megatron splits attention over ranks only with "
+            "Transformer Engine, and log-probs over split sequences are not implemented, got "
             f"{self.context}; raise parallel.tensor and set parallel.sequence=true instead",
         )
         require(

@@ -32,7 +32,8 @@ MAY_CHANGE = {
     "trainer.steps", "trainer.max_skipped_updates", "checkpoint.every", "checkpoint.keep_last",
     "parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.sequence",
     "parallel.overlap_p2p", "parallel.overlap_grad_reduce", "parallel.recompute",
-    "parallel.reference", "run.dir", "run.loggers", "kernels.backend", "reward.max_error_rate", "reward.timeout_s",
+    "parallel.reference", "run.dir", "run.loggers", "kernels.backend", "reward.max_error_rate",
+    "reward.timeout_s",
 }  # fmt: skip
 
 

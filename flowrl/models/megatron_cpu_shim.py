@@ -10,6 +10,7 @@ inside another block neither.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,27 @@ from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
 _active = False
+
+
+# What megatron-core says at every start of its own doings; none of it is about a run.
+NOISE = (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "full scope is deprecated",
+    r"The \.grad attribute of a Tensor that is not a leaf",
+    "When using async grad allreduce",
+    "When using sequence parallelism",
+    r"`torch\.distributed\.\w+` is deprecated",
+    "`load_state_dict` is deprecated",
+    "Please use DTensor instead",
+)
+
+
+def silence_megatron() -> None:
+    """Before megatron is imported."""
+    for message in NOISE:
+        for category in (UserWarning, FutureWarning):
+            warnings.filterwarnings("ignore", message=message, category=category)
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -36,7 +58,9 @@ class _CudaMeansCpu(TorchFunctionMode):
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
         out = func(*args, **kwargs)
-        if func is torch.Tensor.type and isinstance(out, str):  # compared with torch.cuda.FloatTensor
+        if func is torch.Tensor.type and isinstance(
+            out, str
+        ):  # compared with torch.cuda.FloatTensor
             return out.replace("torch.", "torch.cuda.", 1)
         return out
 

@@ -6,7 +6,7 @@ attention over packed sequences that runs on CPU and CUDA; with FP8 they are Tra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from flowrl.config import ModelConfig
 from flowrl.model_shape import ModelShape
-from flowrl.models.log_z import LogZHead
 from flowrl.models.packed_attention import attend
 from flowrl.parallel_config import ParallelConfig
 from flowrl.schema import ConfigError
@@ -34,8 +33,9 @@ from flowrl.schema import ConfigError
 class HeadUse(Protocol):
     """What the last stage does with the hidden states: called inside the output layer."""
 
-    def __call__(self, hidden: Tensor, weight: Tensor, log_z_head: LogZHead | None) -> Any:
-        """hidden (T_model padded, D), the same on all tensor ranks; weight (V_local, D)."""
+    def __call__(self, hidden: Tensor, weight: Tensor, heads: Mapping[str, Any]) -> Any:
+        """hidden (T_model padded, D), the same on all tensor ranks; weight (V_local, D); heads
+        "log_z" and "values", as far as the objective needs them."""
         ...
 
 
@@ -83,28 +83,29 @@ class PolicyHead(tensor_parallel.ColumnParallelLinear):
     Called as a module, so that hooks that wait for its weight have run."""
 
     def forward(  # type: ignore[override]
-        self, input_: Tensor, weight: Tensor | None, use: HeadUse, log_z_head: LogZHead | None
+        self, input_: Tensor, weight: Tensor | None, use: HeadUse, heads: Mapping[str, Any]
     ) -> Any:
         hidden = input_  # (T_model / tensor under sequence parallelism, 1, D)
         if self.sequence_parallel:
-            # The fused head sums its gradient over tensor ranks itself, and the log Z head's is the
-            # same on all: backward takes this rank's tokens and adds nothing.
+            # The fused head sums its gradient over tensor ranks itself, and that of the small
+            # heads is the same on all: backward takes this rank's tokens and adds nothing.
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.tp_group
             )
         weight = self.weight if weight is None else weight
-        return use(hidden.squeeze(1), weight, log_z_head)
+        assert weight is not None
+        return use(hidden.squeeze(1), weight, heads)
 
 
 class PolicyModel(GPTModel):
     """The part of the policy on this stage. `labels` of `forward` is a `HeadUse`; what that returns
     is what the last stage returns."""
 
-    def __init__(self, *args: Any, log_z_head: LogZHead | None = None, **options: Any) -> None:
+    def __init__(self, *args: Any, heads: Mapping[str, nn.Module], **options: Any) -> None:
         super().__init__(*args, **options)
         if self.post_process:
             self.output_layer.__class__ = PolicyHead  # built by GPTModel, as a plain one
-        self.log_z_head = log_z_head if self.post_process else None
+        self.heads = nn.ModuleDict(heads if self.post_process else {})
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, labels: HeadUse, **__: Any) -> Any:
         if not self.post_process:
@@ -112,7 +113,7 @@ class PolicyModel(GPTModel):
         weight = None
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
-        return self.output_layer(hidden_states, weight, labels, self.log_z_head)
+        return self.output_layer(hidden_states, weight, labels, dict(self.heads.items()))
 
 
 def transformer_config(
@@ -174,12 +175,12 @@ def build_chunk(
     shape: ModelShape,
     padded_vocab: int,
     chunk: int | None,
-    log_z_head: LogZHead | None,
+    heads: Mapping[str, nn.Module],
 ) -> PolicyModel:
     """One chunk of consecutive layers on this rank, with unset weights; `chunk` is None without
     interleaving."""
     spec = _layer_spec(config)
-    norm = _norm(config)
+    norm: Any = _norm(config)
     block = TransformerBlockSubmodules([spec] * get_num_layers_to_build(config, chunk), norm)
     return PolicyModel(
         config,
@@ -194,7 +195,7 @@ def build_chunk(
         rope_scaling=shape.rope_factor is not None,
         rope_scaling_factor=shape.rope_factor or 8.0,
         vp_stage=chunk,
-        log_z_head=log_z_head,
+        heads=heads,
     )
 
 

@@ -14,7 +14,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import ParamGroupOverride, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer import ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamPredicate
 from torch import Tensor
@@ -36,9 +36,7 @@ def wrap(chunks: Sequence[Any], config: Config) -> list[DistributedDataParallel]
             overlap_grad_reduce=overlap,
         )
         wrapped.append(
-            DistributedDataParallel(
-                chunk.config, settings, chunk, disable_bucketing=index > 0
-            )
+            DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=index > 0)
         )
     chunk_config = chunks[0].config
     chunk_config.finalize_model_grads_func = _finalize
@@ -58,12 +56,17 @@ class PolicyOptimizer:
         self._config = config
         self._chunks = list(chunks)
         options = config.optimizer
-        log_z_lr = options.lr if config.log_z.lr is None else config.log_z.lr
+        heads = {"log_z": config.log_z.lr, "values": config.value_head.lr}
         vector = ParamPredicate(name="vector", fn=lambda param: param.ndim < 2)
-        groups: dict[ParamKey, ParamGroupOverride] = {
+        groups: Any = {
             ParamKey(predicate=vector): {"wd_mult": 0.0},
-            ParamKey(name="*log_z_head.*"): {"wd_mult": 0.0, "max_lr": log_z_lr},
-        }
+            **{
+                ParamKey(name=f"*heads.{name}.*"): {
+                    "wd_mult": 0.0, "max_lr": options.lr if lr is None else lr
+                }
+                for name, lr in heads.items()
+            },
+        }  # fmt: skip
         dtype = chunks[0].config.params_dtype
         chained = get_megatron_optimizer(
             MegatronOptimizerConfig(
@@ -78,7 +81,7 @@ class PolicyOptimizer:
                 bf16=dtype == torch.bfloat16,
                 params_dtype=dtype,
             ),
-            self._chunks,
+            self._chunks,  # type: ignore
             groups,
             use_gloo_process_groups=False,
         )
@@ -113,6 +116,31 @@ class PolicyOptimizer:
         self.num_updates += 1
         self.zero_grad()
         return UpdateInfo(norm, options.lr * scale, skipped=not finite)
+
+    # --- main weights, for steps that are shortened
+
+    def snapshot(self) -> list[Tensor]:
+        """This replica's share of the main weights."""
+        return [main.detach().clone() for main in self._mains()]
+
+    @torch.no_grad()
+    def interpolate(self, start: Sequence[Tensor], share: float) -> None:
+        """weights = start + share * (weights - start), on all replicas."""
+        for main, old in zip(self._mains(), start, strict=True):
+            main.copy_(torch.lerp(old, main, share) if share else old)
+        for inner in self._inner:
+            inner._copy_main_params_to_model_params()
+        for chunk in self._chunks:
+            chunk.start_param_sync()
+
+    def reset(self) -> None:
+        """Clears the moments; the schedule goes on."""
+        for inner in self._inner:
+            inner.optimizer.state.clear()
+        self.num_steps = 0
+
+    def _mains(self) -> list[Tensor]:
+        return [main for inner in self._inner for main in inner.get_parameters()]
 
     # --- state, parameter by parameter
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from flowrl.models.log_z import LogZHead
 from flowrl.models.megatron_model import HeadUse
 from flowrl.records import PackedBatch, ragged_arange
 
@@ -68,7 +67,7 @@ def _fillers(jobs: Sequence[Job], stages: int) -> list[Job]:
     return [Job(first, _nothing)] * (-len(jobs) % stages)
 
 
-def _nothing(hidden: Tensor, weight: Tensor, log_z_head: LogZHead | None) -> tuple[Tensor, None]:
+def _nothing(hidden: Tensor, weight: Tensor, heads: Mapping[str, Any]) -> tuple[Tensor, None]:
     return 0.0 * hidden.sum().float(), None
 
 

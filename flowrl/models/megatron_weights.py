@@ -114,7 +114,8 @@ class Layout:
     # --- one shard from the files, and whole tensors from all shards
 
     def cut(self, slot: Slot, rank: int, rows: Sequence[Rows], columns: Rows) -> Tensor:
-        """Tensor rank `rank`'s shard; `rows` of each Hugging Face tensor, `columns` of the first."""
+        """Tensor rank `rank`'s shard, from `rows` of each Hugging Face tensor or `columns` of the
+        first."""
         size = slot.shape[0]
         if slot.kind == "copy":
             return rows[0](0, size)
@@ -207,7 +208,7 @@ class WeightFiles:
         if tuple(shard.shape) != slot.shape:
             raise ConfigError(
                 f"{self._directory}: {slot.hf_names[0]} does not fit config.json, its shard has "
-                f"shape {tuple(shard.shape)} instead of {slot.shape}; copy the whole directory again"
+                f"shape {tuple(shard.shape)} instead of {slot.shape}; copy the directory again"
             )
         return shard
 
