@@ -57,6 +57,22 @@ NEEDS_TABLE = [
     ("grpo", {"kl_coef": 0.0}, {"old"}, "sequence", None),
     ("grpo", {"kl_placement": "reward_token"}, {"ref", "old", "old_pass"}, "sequence", None),
     ("reinforce", {}, set(), "sequence", None),
+    ("reinforce", {"kl_coef": 0.25}, {"ref", "old_pass"}, "sequence", 4.0),
+    (
+        "reinforce",
+        {"kl_coef": 0.25, "kl_placement": "reward_token"},
+        {"ref", "old_pass"},
+        "sequence",
+        None,
+    ),
+    (
+        "rloo",
+        {"kl_coef": 0.25, "kl_placement": "reward_token"},
+        {"ref", "old_pass"},
+        "sequence",
+        4.0,
+    ),
+    ("rloo", {"kl_coef": 0.25, "kl_estimator": "k2"}, {"ref", "old_pass"}, "sequence", None),
     ("reinforce", {"kl_coef": 0.1, "kl_placement": "loss"}, {"ref"}, "sequence", None),
     (
         "rloo",
