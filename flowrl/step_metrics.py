@@ -11,6 +11,7 @@ from torch import Tensor
 from flowrl import metrics as measure
 from flowrl.config import Config
 from flowrl.experience import Experience
+from flowrl.mismatch import correction_metrics
 from flowrl.models import LossOutput, UpdateInfo
 from flowrl.objectives.base import Objective
 from flowrl.parallel import Parallel
@@ -61,6 +62,9 @@ def summarize(
     metrics |= measure.length_metrics(whole["length"], whole["truncated"])
     metrics |= _actor_metrics(parts, outputs, whole)
     metrics |= measure.mismatch_metrics(whole)
+    for name in ("correction_weight", "correction_dropped"):
+        if name in whole:
+            metrics[f"mismatch/{name}"] = float(whole[name].sum() / whole["tokens"].sum())
     objective_rows = {name: whole[name] for name in rows}
     sequences = LossBatch(whole["shaped"], whole["group_id"], to_cu_seqlens(whole["length"]))
     return metrics | objective.summarize(objective_rows, sequences), rows
@@ -88,6 +92,8 @@ def _gathered(
     if batch.ref_logprobs is not None:
         log_ratio = torch.where(batch.mask, batch.logprobs - batch.ref_logprobs, 0.0)
         mine["kl_ref"] = measure.segment_sum(log_ratio, batch.cu_seqlens)
+    if batch.rollout_weights is not None:
+        mine |= correction_metrics(batch)
     shares = parallel.gather(mine)
     whole = {name: torch.cat([share[name] for share in shares]) for name in mine}
     order = whole["group_id"].argsort(stable=True)
