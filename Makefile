@@ -45,7 +45,7 @@ test: install
 	$(BIN)/python -m pytest
 
 test-vllm: $(VENV_VLLM)/.installed
-	$(BIN_VLLM)/python -m pytest tests/vllm
+	$(BIN_VLLM)/python -m pytest tests/with_vllm
 
 # vLLM takes torchvision, torchaudio and torchcodec with it; their builds do not fit a CPU torch, and
 # then transformers cannot be imported. The checkout is found by a .pth file: a second editable

@@ -46,6 +46,11 @@ def model(model_dir):
     return load_model(model_dir)
 
 
+def server(sampler):
+    assert isinstance(sampler.host, ServerProcess)
+    return sampler.host
+
+
 @pytest.fixture(scope="module")
 def sampler(model_dir, tokenizer, model, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "vllm.log"
@@ -53,7 +58,7 @@ def sampler(model_dir, tokenizer, model, tmp_path_factory):
     sampler = sampler_for(model_dir, tokenizer, start, restarts=1)
     sampler.load_weights(model.named_parameters(), 0)
     yield sampler
-    group = sampler.host.pid
+    group = server(sampler).pid
     sampler.close()
     assert group_members(group) == []
 
@@ -219,7 +224,7 @@ def test_an_engine_killed_while_idle_is_started_again_with_its_weights(
     sampler, model, tokenizer, capsys
 ):
     before = sampler.sample(make_request(tokenizer))
-    group = sampler.host.pid
+    group = server(sampler).pid
     members = group_members(group)
     assert len(members) >= 3, "server, core and worker are one group"
     kill(members[-1])
@@ -232,7 +237,7 @@ def test_an_engine_killed_while_idle_is_started_again_with_its_weights(
 
 
 def test_an_engine_killed_in_a_rollout_ends_the_step(sampler, tokenizer):
-    group = sampler.host.pid
+    group = server(sampler).pid
     request = make_request(tokenizer, group_size=256, max_new_tokens=128)
     threading.Timer(0.3, kill, [group]).start()
     began = time.monotonic()
@@ -246,6 +251,7 @@ def test_the_engine_in_process_and_its_death_in_a_transfer(model_dir, tokenizer,
     log = tmp_path / "vllm.log"
     start = partial(InProcess, settings_for(model_dir, log), START_LIMIT_S)
     sampler = sampler_for(model_dir, tokenizer, start)
+    assert isinstance(sampler.host, InProcess)
     pids = sampler.host.pids
     assert len(pids) >= 2
     sampler.load_weights(model.named_parameters(), 8)
