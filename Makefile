@@ -1,7 +1,7 @@
 # make train   installs into .venv and runs the default job on this machine's CPU
 # make test    installs into .venv and runs the tests
 # make test-vllm   installs vLLM for CPUs into .venv-vllm (3.5 GB) and runs its tests
-# Also: install lint types bench clean. Another torch: make install TORCH=torch==2.13.0
+# Also: install test-all lint types bench clean. Another torch: make install TORCH=torch==2.13.0
 # FLOWRL_BUILD_NATIVE=0 make install: without csrc/; =1: fail where it cannot be built.
 
 PYTHON ?= python3
@@ -14,7 +14,7 @@ RUN := runs/countdown_cpu
 PIP := $(BIN)/pip install --disable-pip-version-check -q
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: install train test test-vllm lint types bench clean
+.PHONY: install train test test-all test-vllm lint types bench clean
 
 install: $(VENV)/.installed
 
@@ -60,6 +60,10 @@ $(VENV_VLLM)/.installed: constraints-vllm.txt
 	printf '%s\n' "$(CURDIR)" "$(CURDIR)/kernels" \
 	  > "$$($(BIN_VLLM)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/flowrl_checkout.pth"
 	@touch $@
+
+# Every layout of every family on two and four processes; about 6 minutes on two cores.
+test-all: test
+	$(BIN)/python -m pytest -m matrix
 
 lint: install
 	$(BIN)/ruff check .

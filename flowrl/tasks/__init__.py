@@ -19,7 +19,9 @@ from typing import Any, Protocol
 from flowrl.records import Prompt, Rollout, Score
 from flowrl.schema import ConfigError, nearest, require
 
-TASK_NAMES = ("countdown", "hypergrid", "jsonl", "modular", "toy_tree")
+TASK_NAMES = (
+    "blocksworld", "countdown", "game24", "hypergrid", "jsonl", "modular", "toy_tree"
+)  # fmt: skip
 """Each is the module flowrl.tasks.<name>."""
 
 

@@ -20,6 +20,9 @@ MATCHERS = {  # name -> options
     "tb": {"beta": BETA},
     "vargrad": {"beta": BETA},
     "rloo_kl": {"beta": BETA},
+    "gflowrl": {"beta": BETA},
+    "ftb": {"beta": BETA},
+    "subtb": {"beta": BETA},
 }
 MAXIMISERS = {"grpo": {"kl_coef": 0.0}, "rloo": {}}
 

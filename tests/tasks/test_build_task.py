@@ -21,7 +21,7 @@ def code_block(first_line: str) -> str:
     return block
 
 
-@pytest.mark.parametrize("name", ["countdown", "modular"])
+@pytest.mark.parametrize("name", ["blocksworld", "countdown", "game24", "modular"])
 def test_shipped_tasks_by_name(name):
     assert name in TASK_NAMES
     task = build_task(name, {}, 1.0)
@@ -64,7 +64,7 @@ def check_contract(task: Task) -> None:
 def test_unknown_name_names_the_nearest():
     with pytest.raises(ConfigError, match=r"no task called 'countdwn'; did you mean countdown\?"):
         build_task("countdwn", {}, 1.0)
-    with pytest.raises(ConfigError, match="choose from: countdown, jsonl, modular"):
+    with pytest.raises(ConfigError, match="choose from: blocksworld, countdown, game24, hypergrid"):
         build_task("zzz", {}, 1.0)
 
 

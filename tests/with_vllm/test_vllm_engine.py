@@ -174,9 +174,7 @@ class Faulty:
 
     def __init__(self, host, name, change):
         self.host, self.changed, self.change = host, name, change
-
-    def __getattr__(self, name):
-        return getattr(self.host, name)
+        self.name, self.log_tail, self.close = host.name, host.log_tail, host.close
 
     def call(self, message, limit_s):
         if message.op == "weights" and self.changed in message.arrays:
