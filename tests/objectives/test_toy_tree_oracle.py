@@ -26,7 +26,7 @@ MATCHERS: dict[str, Any] = {  # name -> options
     "ftb": {"beta": BETA},
     "subtb": {"beta": BETA},
 }
-MAXIMISERS = {
+MAXIMISERS: dict[str, dict[str, Any]] = {
     "grpo": {"kl_coef": 0.0},
     "rloo": {},
     "reinforce": {},
