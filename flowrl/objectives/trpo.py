@@ -19,7 +19,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from flowrl.objectives.aggregation import sequence_mean
 from flowrl.objectives.base import Metrics, TrustRegion
 from flowrl.objectives.critic import Critic
 from flowrl.objectives.policy_gradient import (
@@ -135,12 +134,11 @@ class TRPO(PolicyGradient):
 
     def policy_loss(self, batch: LossBatch) -> tuple[Tensor, Metrics]:
         log_ratio = log_ratio_to_old(batch)
-        kl = torch.expm1(log_ratio) - log_ratio  # (T,) KL(old || new)
         token_losses = -token_advantages(batch) * log_ratio.exp()
         if self.penalized:
-            token_losses = token_losses + self.kl_penalty * kl
-        metrics = {"kl_old_new": sequence_mean(kl.detach(), batch)}
-        return self.aggregate(token_losses, batch), metrics
+            kl_old_new = torch.expm1(log_ratio) - log_ratio  # (T,)
+            token_losses = token_losses + self.kl_penalty * kl_old_new
+        return self.aggregate(token_losses, batch), {}
 
     def after_update(self, kl_old_new: float) -> None:
         """Doubles or halves the penalty where the measured KL is off by more than 1.5 times."""

@@ -38,7 +38,7 @@ VARIANTS = [
 CASES = every_objective(VARIANTS)
 SEEDS = st.integers(0, 10_000)
 GROUP_SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=4).filter(lambda g: max(g) > 1)
-few_examples = settings(max_examples=15, deadline=None, derandomize=True)
+few_examples = settings(max_examples=10, deadline=None, derandomize=True)
 
 
 def prepared(objective, batch):
