@@ -146,7 +146,15 @@ class _Session:
         self.watch = Stopwatch(ranks.device)
         self.evaluator = evaluator
         self.loggers = loggers
-        collector = Collector(config, ranks, parts.task, parts.tokenizer, parts.sampler, self.watch)
+        collector = Collector(
+            config,
+            ranks,
+            parts.task,
+            parts.tokenizer,
+            parts.sampler,
+            self.watch,
+            assembly.expansion(parts),
+        )
         self.trainer = Trainer(
             config, ranks, collector, parts.sampler, parts.backend, parts.objective, self.watch
         )
