@@ -219,6 +219,8 @@ def assemble(config: Config, parallel: Parallel, say: Callable[[str], None]) -> 
     """All parts of a run. `config` is a resolved one."""
     _, objective = resolve(config)
     task = build_task(config.task.name, config.task.options, config.reward.timeout_s)
+    if objective.policy == "legal_actions":
+        _step_task(task)
     directory = model_dir(config, task, parallel, say)
     tokenizer = hf_files.load_tokenizer(directory)
     backend = BACKENDS[config.model.backend](config, directory, objective.needs, parallel)
