@@ -1,6 +1,6 @@
 # make train   installs into .venv and runs the default job on this machine's CPU
 # make test    installs into .venv and runs the tests
-# Also: install lint types bench clean. Another torch: make install TORCH=torch==2.13.0
+# Also: install test-all lint types bench clean. Another torch: make install TORCH=torch==2.13.0
 # FLOWRL_BUILD_NATIVE=0 make install: without csrc/; =1: fail where it cannot be built.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ RUN := runs/countdown_cpu
 PIP := $(BIN)/pip install --disable-pip-version-check -q
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: install train test lint types bench clean
+.PHONY: install train test test-all lint types bench clean
 
 install: $(VENV)/.installed
 
@@ -40,6 +40,10 @@ $(RUN)/report.html: | install
 
 test: install
 	$(BIN)/python -m pytest
+
+# Every layout of every family on two and four processes; about 6 minutes on two cores.
+test-all: test
+	$(BIN)/python -m pytest -m matrix
 
 lint: install
 	$(BIN)/ruff check .

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from flowrl_kernels import backends
@@ -15,19 +16,21 @@ from flowrl import objectives
 from flowrl.config import Config, LogZConfig, ValueHeadConfig
 from flowrl.experience import Experience
 from flowrl.loop_config import LoopConfig, with_defaults
+from flowrl.model_shape import read_shape
 from flowrl.models import Backend, base_model, hf_files
-from flowrl.models.hf_backend import HFBackend
+from flowrl.models.megatron_cpu_shim import silence_megatron
 from flowrl.objectives.base import Objective
 from flowrl.parallel import Parallel
+from flowrl.replica import ReplicaSampler, ReplicaTask
 from flowrl.rollout import Sampler, build_sampler
 from flowrl.schema import ConfigError, nearest
+from flowrl.staleness import AheadSampler
 from flowrl.step_config import StepsConfig
 from flowrl.step_expansion import StepExpansion
 from flowrl.tasks import Task, build_task
 from flowrl.tasks.step_task import StepTask
 
 DEFAULT_TARGET_BETA = 3.0  # of the exact target, for objectives without one of their own
-BACKENDS = {"hf": HFBackend}
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,10 @@ def _check_steps(config: Config, objective: Objective) -> None:
             )
         return
     for name, wanted, given in (
+        ("model.backend", "hf", config.model.backend),
         ("rollout.engine", "hf", config.rollout.engine),
+        ("rollout.max_staleness", 0, config.rollout.max_staleness),
+        ("rollout.correction", "none", config.rollout.correction),
         ("rollout.temperature", 1.0, config.rollout.temperature),
         ("rollout.old_logprobs", "trainer", config.rollout.old_logprobs),
         ("eval.top_p", 1.0, config.eval.top_p),
@@ -99,6 +105,17 @@ def _check_steps(config: Config, objective: Objective) -> None:
 def _resolved_loop(config: Config, objective: Objective) -> LoopConfig:
     """[loop] over the objective's defaults. Raises ConfigError for what cannot work together."""
     loop = with_defaults(config.loop, objective.loop_defaults, objective.name)
+    if config.rollout.max_staleness and loop.shares_groups:
+        raise ConfigError(
+            "rollout.max_staleness generates the batches to come, and loop.dynamic_sampling and "
+            "loop.replay_fraction choose prompts by what was generated; set rollout.max_staleness=0"
+        )
+    if config.rollout.max_staleness and config.parallel.model_size > 1:
+        raise ConfigError(
+            "rollout.max_staleness samples while the policy trains, and the processes of a replica "
+            "must take turns, got parallel.tensor * parallel.pipeline = "
+            f"{config.parallel.model_size}; set rollout.max_staleness=0"
+        )
     if config.rollout.engine == "replay" and loop.shares_groups:
         raise ConfigError(
             "recorded rollouts have the prompts of their own run; set loop.dynamic_sampling=false "
@@ -111,7 +128,7 @@ def _resolved_loop(config: Config, objective: Objective) -> LoopConfig:
             "replayed groups is an older one; set rollout.old_logprobs=rollout or "
             "loop.replay_fraction=0"
         )
-    if (loop.dynamic_sampling or loop.reference_reset_patience) and config.batch.group_size < 2:
+    if loop.dynamic_sampling and config.batch.group_size < 2:
         raise ConfigError(
             "loop.dynamic_sampling compares the members of a group, got batch.group_size="
             f"{config.batch.group_size}; set batch.group_size=8"
@@ -173,7 +190,40 @@ def build_backend(
     if not config.model.path:  # the base model is found by what its task makes of it
         task = build_task(config.task.name, config.task.options, config.reward.timeout_s)
     directory = model_dir(config, task, parallel, say)
-    return BACKENDS[config.model.backend](config, directory, objective.needs, parallel)
+    return _backend(config, directory, objective, parallel)
+
+
+def _backend(config: Config, directory: Path, objective: Objective, parallel: Parallel) -> Backend:
+    check_shape(config, directory)
+    if config.model.backend == "hf":
+        from flowrl.models.hf_backend import HFBackend
+
+        return HFBackend(config, directory, objective.needs, parallel)
+    check_megatron()
+    silence_megatron()
+    from flowrl.models.megatron_backend import MegatronBackend
+
+    return MegatronBackend(config, directory, objective.needs, parallel)
+
+
+def check_megatron() -> None:
+    """Raises ConfigError where megatron-core is not installed."""
+    if importlib.util.find_spec("megatron") is None:
+        raise ConfigError(
+            "model.backend=megatron needs megatron-core, which is not installed; "
+            "pip install 'flowrl-trainer[megatron]', or set model.backend=hf"
+        )
+
+
+def check_shape(config: Config, directory: Path) -> None:
+    """Raises ConfigError where the model in `directory` is not the one that the recipe is for."""
+    if config.model.shape:
+        wanted, found = read_shape(config.model.shape), read_shape(directory)
+        if wanted != found:
+            raise ConfigError(
+                f"the model in {directory} is not {config.model.shape}: "
+                f"{wanted.difference(found)}; set model.path to it, or leave model.shape out"
+            )
 
 
 def expansion(parts: Parts) -> Callable[[Experience], Experience]:
@@ -223,7 +273,21 @@ def assemble(config: Config, parallel: Parallel, say: Callable[[str], None]) -> 
         _step_task(task)
     directory = model_dir(config, task, parallel, say)
     tokenizer = hf_files.load_tokenizer(directory)
-    backend = BACKENDS[config.model.backend](config, directory, objective.needs, parallel)
-    sampler = _build_sampler(config, objective, task, directory, tokenizer, parallel)
-    sampler.load_weights(backend.named_weights(), backend.policy_version)
+    backend = _backend(config, directory, objective, parallel)
+
+    def sampler_of_one() -> Sampler:
+        return _build_sampler(config, objective, task, directory, tokenizer, parallel)
+
+    if parallel.model_size > 1:
+        sampler = ReplicaSampler(sampler_of_one, parallel)
+        task = cast(Task, ReplicaTask(task, parallel))
+    else:
+        sampler = sampler_of_one()
+    if config.rollout.max_staleness:
+        sampler = AheadSampler(sampler, parallel.device)
+    try:
+        sampler.load_weights(backend.named_weights(), backend.policy_version)
+    except BaseException:
+        sampler.close()  # it may be a process of its own
+        raise
     return Parts(task, objective, directory, tokenizer, sampler, backend)

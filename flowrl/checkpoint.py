@@ -46,9 +46,9 @@ def save(
     any rank could not write (a full disk, say); earlier checkpoints are untouched then."""
     final = run_dir / "checkpoints" / f"step_{step:06d}"
     aside = final.with_name(f".{final.name}.partial")
-    errors = parallel.gather(_attempt(lambda: _prepare(aside, parallel)))
+    errors = parallel.gather_all(_attempt(lambda: _prepare(aside, parallel)))
     if not any(errors):
-        errors = parallel.gather(_attempt(lambda: write_backend(aside)))
+        errors = parallel.gather_all(_attempt(lambda: write_backend(aside)))
     if not any(errors):
         errors = [parallel.broadcast(_attempt(lambda: _finish(aside, final, state, parallel)))]
     failed = next((error for error in errors if error), None)

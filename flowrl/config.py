@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flowrl.loop_config import LoopConfig
+from flowrl.parallel_config import ParallelConfig, check_backend
+from flowrl.rollout_config import RolloutConfig
 from flowrl.schema import ConfigError, build, require
 from flowrl.step_config import StepsConfig
 
@@ -83,14 +85,21 @@ class BaseConfig:
 class ModelConfig:
     path: str = ""
     """Hugging Face causal LM directory. Empty: the base model that [base] describes."""
-    backend: Literal["hf"] = "hf"
-    """Training backend."""
+    shape: str = ""
+    """What the model must look like, for plan and --dry-run where its files are not at hand: a
+    shipped name (qwen2.5-7b, qwen2.5-32b) or a config.json."""
+    backend: Literal["hf", "megatron"] = "hf"
+    """Training backend: hf (one process per replica) or megatron (tensor and pipeline parallel)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of matrix products, reference and sampler; trained weights are always float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device. auto: cuda where torch sees one."""
     gradient_checkpointing: bool = False
-    """Recompute each layer's activations in backward."""
+    """Recompute each layer's activations in backward (hf; megatron: parallel.recompute)."""
+    fp8: Literal["off", "hybrid", "e4m3"] = "off"
+    """FP8 products in the layers, with Transformer Engine; never in the log-prob head."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
+    """How FP8 scales are found: from earlier steps, or from the tensor at hand."""
 
 
 @dataclass(frozen=True)
@@ -126,38 +135,6 @@ class ValueHeadConfig:
     """Stop the head's gradient at the backbone's hidden states."""
     lr: float | None = None
     """Learning rate of the head. Unset: optimizer.lr."""
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    engine: Literal["hf", "replay"] = "hf"
-    """Sampler: hf (transformers, in process) or replay (recorded rollouts of another run)."""
-    replay_dir: str = ""
-    """Run directory whose recorded rollouts are replayed."""
-    temperature: float = 1.0
-    """Temperature of the sampled distribution, and of every log-prob in training."""
-    max_prompt_tokens: int = 256
-    """Longest prompt accepted."""
-    max_new_tokens: int = 32
-    """Longest response, EOS included; longer ones are truncated."""
-    max_batch_sequences: int = 1024
-    """Sequences that the sampler generates at once."""
-    old_logprobs: Literal["trainer", "rollout"] = "trainer"
-    """Whose log-probs are the old policy's: recomputed by the trainer, or the sampler's own."""
-
-    def __post_init__(self) -> None:
-        require(
-            self.temperature > 0,
-            f"rollout.temperature must be > 0, got {self.temperature}; greedy decoding has no "
-            "importance weights: set rollout.temperature=1.0",
-        )
-        for name in ("max_prompt_tokens", "max_new_tokens", "max_batch_sequences"):
-            _positive("rollout", name, getattr(self, name))
-        require(
-            (self.engine == "replay") == bool(self.replay_dir),
-            "rollout.engine=replay and rollout.replay_dir go together, got "
-            f"engine={self.engine} and replay_dir={self.replay_dir!r}; set both",
-        )
 
 
 @dataclass(frozen=True)
@@ -198,7 +175,7 @@ class BatchConfig:
 @dataclass(frozen=True)
 class ObjectiveConfig:
     name: str = "flowrl"
-    """Objective: see flowrl/objectives/__init__.py. Its options: --objective.KEY."""
+    """Objective by name; docs/math.md has them all. Its options: --objective.KEY."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the objective; its own Options dataclass checks them."""
 
@@ -331,6 +308,7 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         longest = self.rollout.max_prompt_tokens + self.rollout.max_new_tokens - 1
@@ -345,6 +323,7 @@ class Config:
             "a replay has no answers to evaluation problems, got rollout.engine=replay and "
             f"eval.num_prompts={self.eval.num_prompts}; set eval.num_prompts=0",
         )
+        check_backend(self.model, self.parallel)
 
     @property
     def run_dir(self) -> Path:

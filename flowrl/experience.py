@@ -119,23 +119,9 @@ class Collector:
         """Groups of the prompts at `indices`, and what scorers reported as errors."""
         if not indices:
             return [], []
-        prompts = encode_prompts(
-            [self.task.prompt("train", index) for index in indices],
-            self.tokenizer,
-            self.config.rollout.max_prompt_tokens,
-        )
         size = self.config.batch.group_size
-        request = SampleRequest(
-            prompts=prompts,
-            group_size=size,
-            max_new_tokens=self.config.rollout.max_new_tokens,
-            temperature=self.config.rollout.temperature,
-            top_p=1.0,
-            seed=self.config.seed,
-            step=number,
-        )
         with self.watch("generate"):
-            rollouts = self.sampler.sample(request)
+            rollouts = self.sampler.sample(self._request(number, indices))
         with self.watch("reward"):
             scores = self.task.score(rollouts)
         groups = [
@@ -143,6 +129,22 @@ class Collector:
             for start in range(0, len(rollouts), size)
         ]
         return groups, [s.error for s in scores if s.error]
+
+    def _request(self, number: int, indices: Sequence[int]) -> SampleRequest:
+        prompts = encode_prompts(
+            [self.task.prompt("train", index) for index in indices],
+            self.tokenizer,
+            self.config.rollout.max_prompt_tokens,
+        )
+        return SampleRequest(
+            prompts=prompts,
+            group_size=self.config.batch.group_size,
+            max_new_tokens=self.config.rollout.max_new_tokens,
+            temperature=self.config.rollout.temperature,
+            top_p=1.0,
+            seed=self.config.seed,
+            step=number,
+        )
 
     def _check_errors(self, errors: Sequence[str], num_groups: int) -> None:
         counts = torch.tensor([len(errors), num_groups * self.config.batch.group_size]).double()

@@ -3,6 +3,11 @@
     torchrun --nproc-per-node 2 -m flowrl train        (gloo on CPU, NCCL on CUDA)
 
 Without torchrun there is one process and every collective returns its argument.
+
+A replica is the processes that hold one copy of the policy: one, or with Megatron
+tensor * pipeline. `rank`, `world_size`, `all_reduce`, `gather` and `share` are about replicas, so a
+trainer need not know how many processes each has: all processes of a replica see the same data
+and get the same results.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flowrl.parallel_config import ParallelConfig
 from flowrl.schema import ConfigError
 
 TIMEOUT = timedelta(minutes=10)  # longest wait for another rank before the job ends
@@ -25,76 +31,149 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Parallel:
-    rank: int
-    world_size: int
+    rank: int  # of this replica
+    world_size: int  # replicas
     device: torch.device
+    model_rank: int = 0  # of this process in its replica
+    model_size: int = 1  # processes of a replica
+    data_group: Any = None  # the processes in this one's place in every replica; None: all
+    model_group: Any = None  # this replica's processes; None: itself alone
 
     @property
     def is_main(self) -> bool:
-        return self.rank == 0
+        return self.rank == 0 and self.model_rank == 0
+
+    @property
+    def num_processes(self) -> int:
+        return self.world_size * self.model_size
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks. In place where there are several."""
+        """The sum over replicas. In place where there are several."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.data_group)
         return tensor
 
     def gather(self, value: Value) -> list[Value]:
-        """Every rank's picklable value, in rank order, on every rank."""
+        """Every replica's picklable value, in rank order, on every process."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.data_group)
+        return values
+
+    def gather_all(self, value: Value) -> list[Value]:
+        """Every process's picklable value, on every process."""
+        if self.num_processes == 1:
+            return [value]
+        values: list[Any] = [None] * self.num_processes
         dist.all_gather_object(values, value)
         return values
 
     def broadcast(self, value: Value) -> Value:
-        """Rank 0's picklable value."""
-        if self.world_size == 1:
+        """The main process's picklable value, on every process."""
+        if self.num_processes == 1:
             return value
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def agree(self, action: Callable[[], Value]) -> Value:
-        """The action's result; what it raised on any rank is raised on all, so that none waits for
-        one that has gone. Every rank calls it."""
-        if self.world_size == 1:
+    def once(self, action: Callable[[], Value]) -> Value:
+        """The action's result on the replica's first process, on all of the replica; what it raised
+        there is raised on all. Only that process runs it."""
+        if self.model_size == 1:
             return action()
-        value, error = None, None
-        try:
-            value = action()
-        except (ValueError, RuntimeError, OSError) as raised:
-            error = raised
-        first = next((e for e in self.gather(error) if e is not None), None)
+        outcome: list[Any] = [None, None]
+        if self.model_rank == 0:
+            outcome = list(_attempt(action))
+        dist.broadcast_object_list(outcome, group=self.model_group, group_src=0)
+        value, error = outcome
+        if error is not None:
+            raise error
+        return value
+
+    def agree(self, action: Callable[[], Value]) -> Value:
+        """The action's result; what it raised on any process is raised on all, so that none waits
+        for one that has gone. Every process calls it."""
+        if self.num_processes == 1:
+            return action()
+        value, error = _attempt(action)
+        first = next((e for e in self.gather_all(error) if e is not None), None)
         if first is not None:
             raise first
         return cast(Value, value)
 
     def barrier(self) -> None:
-        if self.world_size > 1:
+        if self.num_processes > 1:
             dist.barrier()
 
     def share(self, count: int) -> slice:
-        """This rank's contiguous share of `count` things; world_size must divide it."""
+        """This replica's contiguous share of `count` things; world_size must divide it."""
         size, rest = divmod(count, self.world_size)
         assert rest == 0, (count, self.world_size)
         return slice(self.rank * size, (self.rank + 1) * size)
 
 
-def start(device: str) -> Parallel:
+def _attempt(action: Callable[[], Value]) -> tuple[Value | None, Exception | None]:
+    try:
+        return action(), None
+    except (ValueError, RuntimeError, OSError) as raised:
+        return None, raised
+
+
+def start(device: str, layout: ParallelConfig | None = None) -> Parallel:
     """Joins the process group that torchrun announced, if any. Raises ConfigError for a device that
-    is not there."""
+    is not there, and for processes that do not make whole replicas."""
+    layout = layout or ParallelConfig()
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("model.device=cuda, but torch sees no CUDA device; set model.device=auto")
     use_cuda = device != "cpu" and torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    layout.replicas(num_processes)
     if use_cuda:
         torch.cuda.set_device(local_rank)
     chosen = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    if world_size > 1 and not dist.is_initialized():
+    if num_processes > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=TIMEOUT)
-    return Parallel(int(os.environ.get("RANK", 0)), world_size, chosen)
+    return place(int(os.environ.get("RANK", 0)), num_processes, layout, chosen)
+
+
+def place(
+    process: int, num_processes: int, layout: ParallelConfig, device: torch.device
+) -> Parallel:
+    """The record of one process; every process calls it. Megatron's order: tensor ranks are
+    neighbours, then replicas, then stages."""
+    replicas = layout.replicas(num_processes)
+    if layout.model_size == 1:
+        return Parallel(process, num_processes, device)
+    tensor, pipeline = layout.tensor, layout.pipeline
+    tensor_rank, rest = process % tensor, process // tensor
+    replica, stage = rest % replicas, rest // replicas
+
+    def number(tensor_rank: int, replica: int, stage: int) -> int:
+        return tensor_rank + tensor * (replica + replicas * stage)
+
+    same_place = [
+        [number(t, r, s) for r in range(replicas)] for s in range(pipeline) for t in range(tensor)
+    ]
+    same_replica = [
+        [number(t, r, s) for s in range(pipeline) for t in range(tensor)] for r in range(replicas)
+    ]
+    return Parallel(
+        rank=replica,
+        world_size=replicas,
+        device=device,
+        model_rank=tensor_rank + tensor * stage,
+        model_size=layout.model_size,
+        data_group=_own_group(same_place, process),
+        model_group=_own_group(same_replica, process),
+    )
+
+
+def _own_group(groups: list[list[int]], process: int) -> Any:
+    """The one of these disjoint groups that this process is in; every process makes them all."""
+    made = [(ranks, dist.new_group(ranks, timeout=TIMEOUT)) for ranks in groups]
+    return next(group for ranks, group in made if process in ranks)
 
 
 def stop() -> None:

@@ -105,6 +105,8 @@ class RunDir:
     def write_failure(self, step: int, error: NonFiniteLossError) -> Path:
         """The update that stopped the run, in full, with the samples at fault marked."""
         path = self.path / f"failed_step_{step:06d}.rank{self.parallel.rank}.jsonl"
+        if self.parallel.model_rank:
+            return path  # the replica's first process writes it
         rows = [
             {"at_fault": at_fault, **_sample_row(step, rollout, score, full=True)}
             for rollout, score, at_fault in error.sequences
@@ -174,7 +176,7 @@ def check_free(path: Path) -> None:
             f"run directory {path} exists; continue it with --resume, or choose another with "
             "--run.dir DIR"
         )
-    if path.exists() and any(path.iterdir()):
+    if path.exists() and any(p.name != "logs" for p in path.iterdir()):  # engines log at once
         raise ConfigError(
             f"directory {path} is not empty and holds no run; choose another with --run.dir DIR"
         )
@@ -203,6 +205,7 @@ def describe_environment(config: Config, kernel_backend: str, parallel: Parallel
         "git_commit": _git_commit(),
         "seed": config.seed,
         "world_size": parallel.world_size,
+        "processes": parallel.num_processes,
         "command": shlex.join(["flowrl", *sys.argv[1:]]),
     }
 

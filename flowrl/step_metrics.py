@@ -11,6 +11,7 @@ from torch import Tensor
 from flowrl import metrics as measure
 from flowrl.config import Config
 from flowrl.experience import Experience
+from flowrl.mismatch import correction_metrics
 from flowrl.models import LossOutput, UpdateInfo
 from flowrl.objectives.base import Objective
 from flowrl.parallel import Parallel
@@ -63,6 +64,9 @@ def summarize(
     metrics |= _actor_metrics(parts, outputs, whole)
     if batch.rollout_logprobs is not None:
         metrics |= measure.mismatch_metrics(whole)
+    for name in ("correction_weight", "correction_dropped"):
+        if name in whole:
+            metrics[f"mismatch/{name}"] = float(whole[name].sum() / whole["tokens"].sum())
     objective_rows = {name: whole[name] for name in rows}
     sequences = LossBatch(whole["shaped"], whole["group_id"], to_cu_seqlens(whole["length"]))
     return metrics | objective.summarize(objective_rows, sequences), rows
@@ -92,6 +96,8 @@ def _gathered(
     if batch.ref_logprobs is not None:
         log_ratio = torch.where(batch.mask, batch.logprobs - batch.ref_logprobs, 0.0)
         mine["kl_ref"] = measure.segment_sum(log_ratio, batch.cu_seqlens)
+    if batch.rollout_weights is not None:
+        mine |= correction_metrics(batch)
     return _in_prompt_order(parallel, mine)
 
 

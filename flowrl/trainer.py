@@ -19,6 +19,7 @@ from flowrl import metrics as measure
 from flowrl.config import Config
 from flowrl.data.packing import pack, plan_microbatches
 from flowrl.experience import Collector, Experience, shaped_rewards
+from flowrl.mismatch import rollout_weights
 from flowrl.models import Backend, LossOutput, Microbatch, TokenScores, UpdateInfo
 from flowrl.objectives.base import Objective
 from flowrl.parallel import Parallel
@@ -115,6 +116,7 @@ class Trainer:
             self.config.batch.updates_per_step > 1
             or self.objective.coupling == "group"
             or bool(self.objective.needs & {"old_pass", "values"})
+            or self.config.rollout.correction != "none"
         )
 
     def _add_logprobs(
@@ -129,6 +131,8 @@ class Trainer:
             batch = batch.replace(entropy=scores.entropy, old_values=scores.values)
         use_rollout = self.config.rollout.old_logprobs == "rollout"
         batch = batch.replace(old_logprobs=batch.rollout_logprobs if use_rollout else own)
+        if own is not None:
+            batch = batch.replace(rollout_weights=rollout_weights(batch, own, self.config.rollout))
         if "ref" in self.objective.needs:
             reference = self._scores(packed, reference=True)
             batch = batch.replace(ref_logprobs=reference.logprobs)

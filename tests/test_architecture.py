@@ -9,9 +9,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SIBLINGS = ("data", "tasks", "rollout", "objectives", "models")
-BASE = {"schema", "config", "loop_config", "settings", "records", "parallel", "metrics", "weights"}
+BASE = {
+    "schema", "config", "loop_config", "parallel_config", "rollout_config", "model_shape", "step_config",
+    "settings", "records", "parallel", "metrics", "weights",
+}  # fmt: skip
 HEAVY = {  # package -> the only modules that may import it
-    "vllm": {"flowrl/rollout/vllm_sampler.py"},
+    "vllm": {"flowrl/rollout/vllm_engine.py"},
     "megatron": {"flowrl/models/megatron_"},
     "transformer_engine": {"flowrl/models/megatron_"},
     "transformers": {

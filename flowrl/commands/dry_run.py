@@ -23,7 +23,8 @@ from flowrl.trainer import check_layout
 def run(config: Config) -> None:
     """Prints what a run would do; raises ConfigError where it could not."""
     config, objective = assembly.resolve(config)
-    ranks = Parallel(0, int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu"))
+    processes = int(os.environ.get("WORLD_SIZE", config.parallel.model_size))
+    ranks = Parallel(0, config.parallel.replicas(processes), torch.device("cpu"))
     check_layout(config, ranks)
     task = build_task(config.task.name, config.task.options, config.reward.timeout_s)
     num_problems = task.num_prompts("train"), task.num_prompts("eval")

@@ -19,7 +19,7 @@ from flowrl.schema import ConfigError
 def run(run_dir: Path, model: str, options: EvalConfig, out: str) -> None:
     """Prints the metrics; writes them to `out`, too, if it is given."""
     config = _config(read_config(run_dir), model, options)
-    ranks = parallel.start(config.model.device)
+    ranks = parallel.start(config.model.device, config.parallel)
     console = Console(quiet=not ranks.is_main, soft_wrap=True)
     parts = assembly.assemble(config, ranks, console.print)
     step = None if model else restore_newest(run_dir, parts.backend)

@@ -12,8 +12,10 @@ from flowrl.run_dir import read_config, restore_newest
 def run(run_dir: Path, out: Path) -> None:
     config, objective = assembly.resolve(read_config(run_dir))
     check_export_dir(out)
-    ranks = parallel.start(config.model.device)
+    ranks = parallel.start(config.model.device, config.parallel)
     backend = assembly.build_backend(config, objective, ranks, print)
     step = restore_newest(run_dir, backend)
     backend.export_hf(out)
-    print(f"policy of step {step} written to {out}")
+    if ranks.is_main:
+        print(f"policy of step {step} written to {out}")
+    parallel.stop()

@@ -24,19 +24,27 @@ from flowrl.run_dir import RunDir, check_free, read_config
 from flowrl.run_reader import read_run
 from flowrl.schema import ConfigError
 from flowrl.settings import from_mapping, merge, to_mapping
+from flowrl.staleness import AheadCollector
 from flowrl.trainer import NonFiniteLossError, StepResult, Trainer, TrainingError, check_layout
 
-# Settings that a resumed run may change: none of them changes a number of the steps to come.
+# Settings that a resumed run may change: none of them changes a number of the steps to come, but
+# for the rounding of another order of sums where the layout ([parallel]) changes.
 MAY_CHANGE = {
     "trainer.steps", "trainer.max_skipped_updates", "checkpoint.every", "checkpoint.keep_last",
-    "run.dir", "run.loggers", "kernels.backend", "reward.max_error_rate", "reward.timeout_s",
+    "parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.sequence",
+    "parallel.overlap_p2p", "parallel.overlap_grad_reduce", "parallel.recompute",
+    "parallel.reference", "run.dir", "run.loggers", "kernels.backend", "reward.max_error_rate",
+    "reward.timeout_s",
+    "rollout.mode", "rollout.server_python", "rollout.restart", "rollout.start_timeout_s",
+    "rollout.generate_timeout_s", "rollout.sync_timeout_s", "rollout.sync_bucket_mb",
+    "rollout.sync_checked_tensors", "rollout.kv_cache_gb", "rollout.gpu_memory_utilization",
 }  # fmt: skip
 
 
 def run(config: Config) -> None:
     """Trains from step 1. Raises ConfigError if the run directory exists."""
     config, _ = assembly.resolve(config)
-    ranks = parallel.start(config.model.device)
+    ranks = parallel.start(config.model.device, config.parallel)
     check_layout(config, ranks)
     ranks.agree(lambda: check_free(config.run_dir))
     _train(config, ranks, None, is_new=True)
@@ -45,7 +53,7 @@ def run(config: Config) -> None:
 def resume(run_path: Path, overrides: Mapping[str, Any]) -> None:
     """Continues a run from its newest valid checkpoint, or from the start if it has none."""
     config = assembly.resolve(resumed_config(read_config(run_path), overrides))[0]
-    ranks = parallel.start(config.model.device)
+    ranks = parallel.start(config.model.device, config.parallel)
     check_layout(config, ranks)
     console = Console(quiet=not ranks.is_main, soft_wrap=True)
     found = ranks.broadcast(
@@ -146,7 +154,8 @@ class _Session:
         self.watch = Stopwatch(ranks.device)
         self.evaluator = evaluator
         self.loggers = loggers
-        collector = Collector(
+        kind = AheadCollector if config.rollout.max_staleness else Collector
+        collector = kind(
             config,
             ranks,
             parts.task,

@@ -47,11 +47,24 @@ def packed_attention(
             f"longest sequence {packed_max_length} tokens; lower rollout.max_new_tokens"
         )
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T_model, H, head_dim)
-    if query.is_cuda and query.dtype != torch.float32:  # flash attention has 16-bit kernels only
-        out = _varlen_flash(q, k, v, packed_cu_seqlens, packed_max_length, scaling)
-    else:
-        out = _padded_sdpa(q, k, v, packed_cu_seqlens, packed_max_length, scaling, dropout)
+    if dropout:
+        raise ValueError(f"packed attention has no dropout, got {dropout}; set it to 0")
+    out = attend(q, k, v, packed_cu_seqlens, packed_max_length, scaling)
     return out.unsqueeze(0), None
+
+
+def attend(
+    q: Tensor,  # (T_model, H, head_dim)
+    k: Tensor,  # (T_model, H_kv, head_dim)
+    v: Tensor,  # (T_model, H_kv, head_dim)
+    cu_seqlens: Tensor,  # (N + 1,) int32
+    max_length: int,
+    scaling: float | None,
+) -> Tensor:  # (T_model, H, head_dim)
+    """softmax(q k^T * scaling) v within each sequence, causal."""
+    if q.is_cuda and q.dtype != torch.float32:  # flash attention has 16-bit kernels only
+        return _varlen_flash(q, k, v, cu_seqlens, max_length, scaling)
+    return _padded_sdpa(q, k, v, cu_seqlens, max_length, scaling)
 
 
 def _padded_sdpa(
@@ -61,7 +74,6 @@ def _padded_sdpa(
     cu_seqlens: Tensor,
     max_length: int,
     scaling: float | None,
-    dropout: float,
 ) -> Tensor:
     lengths = cu_seqlens.diff().long()
     num_sequences = lengths.numel()
@@ -78,7 +90,6 @@ def _padded_sdpa(
         pad(q),
         pad(k),
         pad(v),
-        dropout_p=dropout,
         is_causal=True,
         scale=scaling,
         enable_gqa=q.shape[1] != k.shape[1],

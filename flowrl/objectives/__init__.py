@@ -5,8 +5,8 @@
 
     objective = build("flowrl", {"preset": "paper"})   # what the trainer holds
 
-Siblings (tasks, rollout, models) are never imported here. To add an objective: write its file after
-the pattern of grpo.py and name its class in OBJECTIVES.
+Siblings (tasks, rollout, models) are never imported here. To add an objective: write its file and
+name its class below; CONTRIBUTING.md has a worked example.
 """
 
 from __future__ import annotations

@@ -16,7 +16,9 @@ class DAPO(Surrogate):
     """The clipped surrogate of z-scored rewards with range [0.8, 1.28]."""
 
     name = "dapo"
-    loop_defaults = MappingProxyType({"dynamic_sampling": True})
+    loop_defaults = MappingProxyType(
+        {"dynamic_sampling": True, "overlong_buffer": 0.2}  # 4096 of 20480 tokens
+    )
 
     @dataclass(frozen=True)
     class Options(SurrogateOptions):

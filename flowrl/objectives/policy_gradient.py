@@ -4,7 +4,8 @@
     loss      policy_loss + kl_coef * sum_t W_t KL_t where it stands in the loss
                           + value_coef * sum_t W_t value_loss_t with a critic
 
-A member says what its advantage is and writes `policy_loss`; docs/math.md has every equation.
+A member says what its advantage is and writes `policy_loss`; docs/math.md has every equation, and
+CONTRIBUTING.md adds a member step by step.
 """
 
 from __future__ import annotations
@@ -118,12 +119,16 @@ class PolicyGradient(Objective):
         """`batch` with advantages of `rewards` (N,) less what is to come of `penalty` (T,)."""
         if self.critic is not None:
             return self.critic.estimate(batch, rewards, penalty, all_reduce)
-        advantages = ADVANTAGES[self.advantage](rewards, batch.group_ids)  # (N,)
+        advantages = self.advantages(rewards, batch.group_ids)  # (N,)
         if penalty is not None:
             advantages = per_token(advantages, batch) - discounted_to_go(penalty, 1.0, batch)
         if self.whitened:
             advantages = whiten(per_token(advantages, batch), batch.mask, all_reduce)
         return batch.replace(advantages=advantages)
+
+    def advantages(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
+        """(N,) rewards (N,) against what they are compared with."""
+        return ADVANTAGES[self.advantage](rewards, group_ids)
 
     def old_kl(self, batch: LossBatch) -> Tensor:
         """(T,) estimate of KL(pi_old || pi_ref), without gradient; 0 where masked."""

@@ -1,4 +1,4 @@
-"""Sums over what is still to come in a packed sequence, and generalised advantage estimation.
+"""Discounted sums along packed sequences, and generalised advantage estimation.
 
 A sequence is its response tokens that are not masked, one after the other: a masked token between
 two others is no time step.
@@ -10,12 +10,32 @@ import torch
 from torch import Tensor
 
 from flowrl.objectives.aggregation import response_lengths
-from flowrl.records import LossBatch
+from flowrl.records import LossBatch, ragged_arange
+
+
+def discounted_sums(
+    values: Tensor,  # (..., S)
+    position: Tensor,  # (S,) within the segment
+    factor: float,
+) -> Tensor:  # (..., S)
+    """sum_{i<j} factor^(j-i) values_i over the earlier members of j's segment.
+
+    By doubling: after k rounds each holds the sum over the last 2^k, so that log2(longest segment)
+    rounds over the whole row do it, whatever the segments' lengths."""
+    inclusive = values
+    reach, longest = 1, int(position.max()) + 1 if position.numel() else 0
+    while reach < longest:
+        earlier = torch.nn.functional.pad(inclusive[..., :-reach], (reach, 0))
+        inside = position >= reach
+        inclusive = inclusive + torch.where(inside, factor**reach * earlier, 0.0)
+        reach *= 2
+    shifted = torch.nn.functional.pad(inclusive[..., :-1], (1, 0))
+    return torch.where(position > 0, factor * shifted, 0.0)
 
 
 def discounted_to_go(values: Tensor, discount: float, batch: LossBatch) -> Tensor:
     """(T,) sum over u >= t of discount^(u - t) * values_u within the sequence; 0 where masked."""
-    sums = _scan(values.double()[batch.mask], discount, _owners(batch))
+    sums = _to_go(values.double()[batch.mask], discount, batch)
     return _scatter(sums, batch, values.dtype)
 
 
@@ -47,7 +67,7 @@ def gae(
     following = torch.zeros_like(kept)
     following[:-1] = torch.where(owners[:-1] == owners[1:], kept[1:], 0.0)
     delta = rewards.double()[batch.mask] + gamma * following - kept
-    advantages = _scan(delta, gamma * lam, owners)
+    advantages = _to_go(delta, gamma * lam, batch)
     return (
         _scatter(advantages, batch, values.dtype),
         _scatter(advantages + kept, batch, values.dtype),
@@ -60,18 +80,11 @@ def _owners(batch: LossBatch) -> Tensor:
     return sequences.repeat_interleave(response_lengths(batch))
 
 
-def _scan(values: Tensor, discount: float, owners: Tensor) -> Tensor:
-    """Discounted suffix sums of each owner's run, in log2(longest) passes of doubling reach: after
-    the pass of `shift`, every entry holds the sum of the 2 * shift that start with it."""
-    sums = values.clone()
-    longest = int(torch.bincount(owners).max()) if owners.numel() else 0
-    shift = 1
-    while shift < longest:
-        same = owners[:-shift] == owners[shift:]
-        later = torch.where(same, sums[shift:] * discount**shift, 0.0)
-        sums = torch.cat([sums[:-shift] + later, sums[-shift:]])
-        shift *= 2
-    return sums
+def _to_go(values: Tensor, discount: float, batch: LossBatch) -> Tensor:
+    """Discounted sums of the entry itself and what follows it in its sequence, for the tokens that
+    are not masked: `discounted_sums` from the end."""
+    from_end = ragged_arange(response_lengths(batch).flip(0))
+    return values + discounted_sums(values.flip(0), from_end, discount).flip(0)
 
 
 def _scatter(kept: Tensor, batch: LossBatch, dtype: torch.dtype) -> Tensor:

@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowrl.objectives.aggregation import response_lengths, rollout_correction
+from flowrl.objectives.aggregation import response_lengths, sequence_weights
 from flowrl.objectives.base import AllReduce, Metrics, Objective, given, identity
+from flowrl.objectives.returns import discounted_sums
 from flowrl.records import LossBatch, ragged_arange
 from flowrl.schema import require
 
@@ -57,7 +58,7 @@ class FlowBalance(Objective):
         logprobs = given(batch.logprobs, "logprobs")
         found = potentials(batch, self.options.beta)
         imbalance = self.imbalance(found)  # (N,)
-        weight = rollout_correction(batch).double()
+        weight = sequence_weights(batch)
         loss = (weight * imbalance).sum() / given(batch.totals, "totals").sequences
         first = found.lengths.cumsum(0) - found.lengths  # (N,)
         ends = found.values.detach()[torch.stack([first, first + found.lengths - 1])]  # (2, N)
@@ -157,23 +158,3 @@ class SubTB(FlowBalance):
         pairs = s0 * u.square() - 2 * s1 * u + s2
         totals = torch.segment_reduce(torch.stack([pairs, s0], 1), "sum", lengths=lengths)
         return totals[:, 0] / torch.where(lengths > 1, totals[:, 1], 1.0)
-
-
-def discounted_sums(
-    values: Tensor,  # (..., S)
-    position: Tensor,  # (S,) within the segment
-    factor: float,
-) -> Tensor:  # (..., S)
-    """sum_{i<j} factor^(j-i) values_i over the earlier members of j's segment.
-
-    By doubling: after k rounds each holds the sum over the last 2^k, so that log2(longest segment)
-    rounds over the whole row do it, whatever the segments' lengths."""
-    inclusive = values
-    reach, longest = 1, int(position.max()) + 1 if position.numel() else 0
-    while reach < longest:
-        earlier = torch.nn.functional.pad(inclusive[..., :-reach], (reach, 0))
-        inside = position >= reach
-        inclusive = inclusive + torch.where(inside, factor**reach * earlier, 0.0)
-        reach *= 2
-    shifted = torch.nn.functional.pad(inclusive[..., :-1], (1, 0))
-    return torch.where(position > 0, factor * shifted, 0.0)

@@ -33,6 +33,7 @@ from flowrl.records import LossBatch
 from flowrl.schema import require
 
 TOLERANCE = 1.5  # a KL within this factor of max_kl leaves the penalty as it is
+PENALTY_RANGE = (1e-6, 1e6)  # halved to 0, it could never double again
 
 METHODS_OF_OPTIONS = {
     "kl_penalty": ("penalty",),
@@ -143,10 +144,11 @@ class TRPO(PolicyGradient):
 
     def after_update(self, kl_old_new: float) -> None:
         """Doubles or halves the penalty where the measured KL is off by more than 1.5 times."""
+        low, high = PENALTY_RANGE
         if kl_old_new > TOLERANCE * self.options.max_kl:
-            self.kl_penalty *= 2
+            self.kl_penalty = min(self.kl_penalty * 2, high)
         elif kl_old_new < self.options.max_kl / TOLERANCE:
-            self.kl_penalty /= 2
+            self.kl_penalty = max(self.kl_penalty / 2, low)
 
     def state(self) -> dict[str, float]:
         return {"kl_penalty": self.kl_penalty} if self.penalized else {}

@@ -70,13 +70,8 @@ def kl_frontier(name: str, points: Sequence[Row], controls: Sequence[Row]) -> Pl
         axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
 
     kept = [c for c in controls if c["kind"] in ("temperature", "rejection")]
-    drawn = _frontier(
-        points,
-        kept,
-        ("reward_exact", "kl_to_target"),
-        ("mean reward", "KL to target (nats)"),
-        scale,
-    )
+    measures, labels = ("reward_exact", "kl_to_target"), ("mean reward", "KL to target (nats)")
+    drawn = _frontier(points, kept, measures, labels, scale)
     if drawn is None:
         return None
     return finish(
@@ -246,7 +241,8 @@ def _rows(
         axis.axvline(at, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label=meaning)
     axis.set_yticks(np.arange(len(held)), [p["arm"] for p in held], fontsize=9.2)
     axis.set_ylim(len(held) - 0.4, -0.6)
-    axis.set_xlim(left=0)
+    farthest = max(p["intervals"][m]["high"] for p in held for m in measures if m in p["intervals"])
+    axis.set_xlim(0, 1.06 * max([farthest, *(guides or {}).values()]) or 1.0)
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="x", visible=True)
     axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))

@@ -23,7 +23,8 @@ STUDY_CSS = """
 .study td, .study th { padding: 6px 8px; white-space: nowrap; }
 .study td.target { white-space: normal; min-width: 150px; text-align: left; font-size: .82rem; }
 .study .spread { display: block; color: var(--muted); font-size: .74rem; }
-.study tbody th { font-weight: 600; }
+.study thead th { white-space: normal; min-width: 58px; vertical-align: bottom; }
+.hint + .card { margin-top: 10px; }
 .dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: 6px; }
 .maximiser { background: var(--series-2); } .regularised { background: var(--series-5); }
 .flowrl { background: var(--series-1); } .matcher { background: var(--series-3); }

@@ -29,11 +29,16 @@ class Sampler(Protocol):
 def build_sampler(config: Config, model_dir: Path, tokenizer: Any, device: torch.device) -> Sampler:
     """The sampler that config.rollout.engine names, holding the weights of `model_dir`.
 
-    Raises ConfigError for a replay directory without recorded rollouts."""
+    Raises ConfigError for a replay directory without recorded rollouts and for an engine that
+    cannot be started with these settings."""
     if config.rollout.engine == "replay":
         from flowrl.rollout.replay_sampler import ReplaySampler
 
         return ReplaySampler(Path(config.rollout.replay_dir))
+    if config.rollout.engine == "vllm":
+        from flowrl.rollout.vllm_start import build_vllm_sampler
+
+        return build_vllm_sampler(config, model_dir, tokenizer, device)
     from flowrl.rollout.hf_sampler import HFSampler
 
     return HFSampler(

@@ -24,6 +24,7 @@ def batch_from_rows(
         rewards=torch.tensor(rewards, dtype=torch.float64),
         group_ids=torch.tensor(group_ids),
         cu_seqlens=to_cu_seqlens(lengths),
+        log_z=torch.zeros(len(rewards), dtype=torch.float64),
         **flat,
     )
 
@@ -38,8 +39,7 @@ def one_group_of_four() -> LossBatch:
     rows["old_values"] = [[0.3, 0.5, -0.2], [0.0, -0.4], [0.1, 0.2, 0.0], [0.6]]
     rows["values"] = [[0.4, 0.1, -0.2], [0.9, -0.5], [0.1, -0.6, 0.2], [0.7]]
     batch = batch_from_rows(rows, [1.0, -1.0, -1.0, 1.0], [0, 0, 0, 0])
-    values = torch.linspace(-0.5, 0.3, 9, dtype=torch.float64)
-    return batch.replace(log_z=torch.full((4,), 0.25, dtype=torch.float64), values=values)
+    return batch.replace(log_z=torch.full((4,), 0.25, dtype=torch.float64))
 
 
 LENGTHS = (3, 5, 1, 4, 2, 5, 3, 4)
@@ -91,7 +91,6 @@ def random_batch(seed: int, group_sizes: list[int], masked: bool = True) -> Loss
         ref_logprobs=old_logprobs + 0.3 * normal(num_tokens),
         response_mask=mask if masked else None,
         log_z=normal(len(group_sizes))[groups[order]],
-        values=normal(num_tokens),
     )
     old_values = normal(num_tokens)
     values = old_values + 0.4 * normal(num_tokens)

@@ -54,7 +54,7 @@ FREE_RATIO = [
     ("trpo", {"kl_penalty": 3.0}),
     ("trpo", {"method": "line_search", "critic": True}),
 ]
-# GFlowRL: residual and frozen weight both hold old log-probs, so it is checked without a weight.
+# GFlowRL's residual and its frozen weight both hold old log-probs: it is checked with w = 1.
 FREE_RATIO = every_objective(FREE_RATIO, without=[*FROZEN_WEIGHT, ("gflowrl", {})])
 CASES = [(*case, True) for case in FROZEN_WEIGHT] + [(*case, False) for case in FREE_RATIO]
 STEP = 1e-5

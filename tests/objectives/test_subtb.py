@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from loss_batches import assert_close, batch_from_rows, evaluate, leaf, random_batch
 
 from flowrl.objectives import loss
-from flowrl.objectives.subtb import discounted_sums
+from flowrl.objectives.returns import discounted_sums
 from flowrl.records import ragged_arange
 
 

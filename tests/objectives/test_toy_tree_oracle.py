@@ -20,8 +20,21 @@ MATCHERS = {  # name -> options
     "tb": {"beta": BETA},
     "vargrad": {"beta": BETA},
     "rloo_kl": {"beta": BETA},
+    "gflowrl": {"beta": BETA},
+    "ftb": {"beta": BETA},
+    "subtb": {"beta": BETA},
 }
-MAXIMISERS = {"grpo": {"kl_coef": 0.0}, "rloo": {}}
+MAXIMISERS = {
+    "grpo": {"kl_coef": 0.0},
+    "rloo": {},
+    "reinforce": {},
+    "dr_grpo": {"max_tokens": 4},
+    "dapo": {},
+    "gspo": {},
+    "gmpo": {},
+    "cispo": {},
+    "gvpo": {},
+}
 
 
 def distance_to(point: FixedPoint, policy: TabularPolicy) -> dict[str, float]:
@@ -80,6 +93,18 @@ def test_without_length_normalisation_flowrl_matches_too():
     options = {"beta": BETA, "reward": "raw", "length_norm": False, "bound": "none"}
     policy = TabularPolicy(2).train("flowrl", steps=500, **options)
     assert distance_to(FixedPoint(BETA), policy)["l1"] < 0.02
+
+
+@pytest.mark.parametrize("length_norm", [False, True])
+def test_zscored_flowrl_ends_at_its_self_consistent_point(length_norm):
+    """The reward gap depends on the policy's own success; the fixed point solves for both."""
+    options = {"beta": 1.0, "reward": "zscore", "length_norm": length_norm}
+    policy = TabularPolicy(4).train("flowrl", steps=800, **options)
+    declared = objectives.build("flowrl", options).fixed_point
+    assert declared == FixedPoint(1.0, length_norm, "zscore")
+    assert distance_to(declared, policy)["l1"] < 0.1
+    raw = FixedPoint(1.0, length_norm)
+    assert distance_to(raw, policy)["l1"] > 0.2
 
 
 @pytest.mark.parametrize("name", sorted(MAXIMISERS))

@@ -1,0 +1,247 @@
+"""A Megatron GPTModel that computes packed log-probs: its settings, layers, attention and head.
+
+Layers are megatron-core's local ones, with an RMSNorm that knows of sequence parallelism and an
+attention over packed sequences that runs on CPU and CUDA; with FP8 they are Transformer Engine's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from flowrl.config import ModelConfig
+from flowrl.model_shape import ModelShape
+from flowrl.models.packed_attention import attend
+from flowrl.parallel_config import ParallelConfig
+from flowrl.schema import ConfigError
+
+
+class HeadUse(Protocol):
+    """What the last stage does with the hidden states: called inside the output layer."""
+
+    def __call__(self, hidden: Tensor, weight: Tensor, heads: Mapping[str, Any]) -> Any:
+        """hidden (T_model padded, D), the same on all tensor ranks; weight (V_local, D); heads
+        "log_z" and "values", as far as the objective needs them."""
+        ...
+
+
+class Norm(nn.RMSNorm):
+    """RMSNorm whose weight says that its gradient is a share of the tokens' under sequence
+    parallelism: Megatron then sums it over tensor ranks."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> None:
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore
+
+
+class PackedCoreAttention(MegatronModule):
+    """softmax(q k^T / sqrt(head_dim)) v within each packed sequence, causal; no parameters."""
+
+    def __init__(self, config: TransformerConfig, *_: Any, softmax_scale: Any = None, **__: Any):
+        super().__init__(config)
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,  # (T_model, H_local, head_dim)
+        key: Tensor,  # (T_model, H_kv_local, head_dim)
+        value: Tensor,
+        attention_mask: Tensor | None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: Any,
+    ) -> Tensor:  # (T_model, H_local * head_dim)
+        assert attention_mask is None, "packed sequences carry no mask"
+        assert packed_seq_params is not None, "every batch is packed"
+        out = attend(
+            query,
+            key,
+            value,
+            packed_seq_params.cu_seqlens_q,
+            packed_seq_params.max_seqlen_q,
+            self.softmax_scale,
+        )
+        return out.flatten(1)
+
+
+class PolicyHead(tensor_parallel.ColumnParallelLinear):
+    """The output layer, which hands its vocabulary shard to a `HeadUse` instead of making logits.
+    Called as a module, so that hooks that wait for its weight have run."""
+
+    def forward(  # type: ignore[override]
+        self, input_: Tensor, weight: Tensor | None, use: HeadUse, heads: Mapping[str, Any]
+    ) -> Any:
+        hidden = input_  # (T_model / tensor under sequence parallelism, 1, D)
+        if self.sequence_parallel:
+            # The fused head sums its gradient over tensor ranks itself, and that of the small
+            # heads is the same on all: backward takes this rank's tokens and adds nothing.
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        weight = self.weight if weight is None else weight
+        assert weight is not None
+        return use(hidden.squeeze(1), weight, heads)
+
+
+class PolicyModel(GPTModel):
+    """The part of the policy on this stage. `labels` of `forward` is a `HeadUse`; what that returns
+    is what the last stage returns."""
+
+    def __init__(self, *args: Any, heads: Mapping[str, nn.Module], **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.post_process:
+            self.output_layer.__class__ = PolicyHead  # built by GPTModel, as a plain one
+        self.heads = nn.ModuleDict(heads if self.post_process else {})
+
+    def _postprocess(self, hidden_states: Tensor, *_: Any, labels: HeadUse, **__: Any) -> Any:
+        if not self.post_process:
+            return hidden_states
+        weight = None
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        return self.output_layer(hidden_states, weight, labels, dict(self.heads.items()))
+
+
+def transformer_config(
+    shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, device: torch.device
+) -> TransformerConfig:
+    """Megatron's settings of a model. Gradients are summed, never averaged: with the loss "per
+    token" Megatron divides by nothing of its own."""
+    dtype = getattr(torch, model.dtype)
+    interleaved = parallel.virtual_pipeline > 1
+    options: dict[str, Any] = {}
+    if parallel.recompute == "full":
+        options = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    elif parallel.recompute == "selective":
+        options = {"recompute_granularity": "selective"}
+    if model.fp8 != "off":
+        options |= {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe}
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.intermediate_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        gated_linear_unit=True,
+        activation_func=nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method=_leave_as_is,
+        output_layer_init_method=_leave_as_is,
+        use_cpu_initialization=device.type == "cpu",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        gradient_accumulation_fusion=False,  # needs Apex
+        calculate_per_token_loss=True,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        sequence_parallel=parallel.sequence,
+        overlap_p2p_comm=interleaved and parallel.overlap_p2p,
+        batch_p2p_comm=not (interleaved and parallel.overlap_p2p),
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # what variable lengths demand, though nothing is MoE
+        **options,
+    )
+
+
+def build_chunk(
+    config: TransformerConfig,
+    shape: ModelShape,
+    padded_vocab: int,
+    chunk: int | None,
+    heads: Mapping[str, nn.Module],
+) -> PolicyModel:
+    """One chunk of consecutive layers on this rank, with unset weights; `chunk` is None without
+    interleaving."""
+    spec = _layer_spec(config)
+    norm: Any = _norm(config)
+    block = TransformerBlockSubmodules([spec] * get_num_layers_to_build(config, chunk), norm)
+    return PolicyModel(
+        config,
+        block,
+        vocab_size=padded_vocab,
+        max_sequence_length=shape.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(False, chunk),
+        post_process=parallel_state.is_pipeline_last_stage(False, chunk),
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_theta,  # type: ignore
+        rope_scaling=shape.rope_factor is not None,
+        rope_scaling_factor=shape.rope_factor or 8.0,
+        vp_stage=chunk,
+        heads=heads,
+    )
+
+
+def _layer_spec(config: TransformerConfig) -> ModuleSpec:
+    if config.fp8:
+        return _engine_spec(config)
+    spec = get_gpt_layer_local_spec(
+        normalization=config.normalization, qk_layernorm=config.qk_layernorm
+    )
+    layer: Any = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = Norm
+    attention = layer.self_attention.submodules
+    attention.core_attention = PackedCoreAttention
+    if config.qk_layernorm:  # under these names Megatron sums their gradients over tensor ranks
+        attention.q_layernorm = attention.k_layernorm = Norm
+    return spec
+
+
+def _engine_spec(config: TransformerConfig) -> ModuleSpec:
+    """Transformer Engine's layers, which multiply in FP8. Has not run: it needs a GPU."""
+    check_transformer_engine()
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+
+
+def _norm(config: TransformerConfig) -> Callable[..., nn.Module]:
+    if not config.fp8:
+        return Norm
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm  # type: ignore
+
+
+def check_transformer_engine() -> None:
+    """Raises ConfigError where FP8 cannot run."""
+    try:
+        import transformer_engine.pytorch  # noqa: F401  # type: ignore
+    except ImportError as error:
+        raise ConfigError(
+            "model.fp8 multiplies with Transformer Engine, which does not import here "
+            f"({str(error).splitlines()[0]}); set model.fp8=off, or on a GPU machine: "
+            "pip install 'flowrl-trainer[megatron,fp8]'"
+        ) from error
+
+
+def _leave_as_is(weight: Tensor) -> Tensor:
+    """Weights come from files."""
+    return weight

@@ -1,0 +1,325 @@
+"""VLLMSampler: rollouts by vLLM, which runs in a process of its own or as a child of the trainer's.
+
+    flowrl train countdown_cpu --rollout.engine vllm --rollout.server_python .venv-vllm/bin/python
+
+Every sequence is one request with its own seed, a function of (seed, step, stream, prompt, sample).
+After every transfer of weights the engine's are compared with what was sent. vllm itself is
+imported by flowrl/rollout/vllm_engine.py alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from flowrl.records import Prompt, Rollout, SampleRequest
+from flowrl.rollout.engine_protocol import (
+    EngineError,
+    EngineHost,
+    EngineRefusedError,
+    Message,
+    WeightSyncError,
+)
+from flowrl.rollout.noise import stream_keys
+from flowrl.rollout.weight_check import compare, sampled
+from flowrl.schema import ConfigError, require
+
+
+@dataclass(frozen=True)
+class SyncOptions:
+    """Limits of VLLMSampler, in the words of [rollout]."""
+
+    generate_timeout_s: float
+    sync_timeout_s: float
+    bucket_bytes: int
+    checked_tensors: int
+    restarts: int
+    ipc_device: torch.device | None = None  # weights travel by CUDA IPC on this device
+    sleep: bool = False
+
+
+class VLLMSampler:
+    """See `Sampler`. `start` starts the engine; it is called again when a dead one is replaced."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        tokenizer: Any,
+        dtype: torch.dtype,
+        start: Callable[[], EngineHost],
+        options: SyncOptions,
+    ) -> None:
+        self.model_dir = model_dir
+        self.tokenizer = tokenizer
+        self.dtype = dtype
+        self.options = options
+        self.policy_version = 0
+        self.restarts = 0
+        self.compared = 0  # tensors whose checksums were compared at the last transfer
+        self.eos_ids = eos_ids(model_dir, tokenizer)
+        self._expected = _tensor_names(model_dir)
+        self._sent: list[tuple[str, Tensor]] | None = None  # kept where a restart needs it
+        self._is_asleep = False
+        self._start = start
+        try:
+            self.host = start()
+        except EngineRefusedError as error:
+            raise ConfigError(str(error)) from error
+
+    def close(self) -> None:
+        self.host.close()
+
+    # --- sampling
+
+    def sample(self, request: SampleRequest) -> list[Rollout]:
+        """Raises ConfigError for prompts without tokens or too long for the model, and EngineError
+        when the engine is lost and may not be started again."""
+        self._check(request)
+        rows = [(prompt, i) for prompt in request.prompts for i in range(request.group_size)]
+        if not rows:
+            return []
+        message = Message("generate", self._options(request), self._arrays(request, rows))
+        return self._rollouts(rows, self._retried(lambda: self._generate(message), "generate"))
+
+    def _generate(self, message: Message) -> Message:
+        self._wake(self.options.sync_timeout_s)
+        reply = self.host.call(message, self.options.generate_timeout_s)
+        if self.options.sleep:
+            self.host.call(Message("sleep"), self.options.sync_timeout_s)
+            self._is_asleep = True
+        return reply
+
+    def _wake(self, limit_s: float) -> None:
+        if self._is_asleep:
+            self.host.call(Message("wake"), limit_s)
+            self._is_asleep = False
+
+    def _options(self, request: SampleRequest) -> dict[str, Any]:
+        return {
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "max_new_tokens": request.max_new_tokens,
+            "eos_ids": sorted(self.eos_ids),
+        }
+
+    def _arrays(
+        self, request: SampleRequest, rows: Sequence[tuple[Prompt, int]]
+    ) -> dict[str, np.ndarray]:
+        lengths = [len(p.token_ids) for p in request.prompts]
+        indices, samples = [p.index for p, _ in rows], [i for _, i in rows]
+        keys = stream_keys(request.seed, request.step, request.stream, indices, samples)
+        return {
+            "prompt_lengths": np.array(lengths, np.int64),
+            "prompt_tokens": np.array([t for p in request.prompts for t in p.token_ids], np.int64),
+            "prompt_of_row": np.arange(len(request.prompts)).repeat(request.group_size),
+            "seeds": (keys >> np.uint64(1)).astype(np.int64),
+        }
+
+    def _rollouts(self, rows: Sequence[tuple[Prompt, int]], reply: Message) -> list[Rollout]:
+        ends = reply.arrays["lengths"].cumsum()[:-1]
+        tokens = [part.tolist() for part in np.split(reply.arrays["tokens"], ends)]
+        logprobs = [part.tolist() for part in np.split(reply.arrays["logprobs"], ends)]
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [
+            Rollout(
+                prompt=prompt,
+                sample=index,
+                response_ids=tuple(ids),
+                rollout_logprobs=tuple(values),
+                truncated=ids[-1] not in self.eos_ids,
+                policy_version=self.policy_version,
+                text=text,
+            )
+            for (prompt, index), ids, values, text in zip(
+                rows, tokens, logprobs, texts, strict=True
+            )
+        ]
+
+    def _check(self, request: SampleRequest) -> None:
+        require(
+            request.stream != "train" or request.top_p == 1,
+            f"training samples the whole distribution, got top_p={request.top_p}; set it to 1",
+        )
+        longest = max((len(p.token_ids) for p in request.prompts), default=0)
+        empty = [p.index for p in request.prompts if not p.token_ids]
+        require(not empty, f"prompts must have tokens, prompt {empty[:1]} has none; encode it")
+        limit = model_positions(self.model_dir)
+        require(
+            limit is None or longest + request.max_new_tokens <= limit,
+            f"prompt and response must fit the model's {limit} positions, got {longest} + "
+            f"{request.max_new_tokens} tokens; set rollout.max_prompt_tokens and "
+            "rollout.max_new_tokens lower",
+        )
+
+    # --- weights
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
+        """Raises WeightSyncError if what the engine holds afterwards is not what was sent."""
+        cast = ((name, t.detach().to(self.dtype).contiguous()) for name, t in weights)
+        if self.options.restarts:  # a copy: the policy trains on
+            self._sent = [(name, t.cpu().clone() if _is_shared(t) else t.cpu()) for name, t in cast]
+        self.policy_version = policy_version
+        sent = self._sent
+        if sent is None:
+            self._transfer(cast)
+        else:  # a restart transfers them itself
+            self._retried(lambda: self._transfer(sent), "weights", resend=False)
+
+    def _transfer(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """All tensors in buckets within one limit, then the comparison."""
+        version, deadline = self.policy_version, time.monotonic() + self.options.sync_timeout_s
+
+        def call(message: Message) -> Message:
+            return self.host.call(message, max(0.0, deadline - time.monotonic()))
+
+        self._wake(self.options.sync_timeout_s)
+        call(Message("begin_weights"))
+        names: set[str] = set()
+        to_check: dict[str, Tensor] = {}
+        stride = max(1, -(-len(self._expected) // self.options.checked_tensors))
+        for bucket in _buckets(weights, self.options.bucket_bytes):
+            for name, tensor in bucket:
+                if (len(names) + version) % stride == 0:
+                    to_check[name] = sampled(tensor, version).cpu()
+                names.add(name)
+            device = self.options.ipc_device
+            if device is not None:  # the name keeps the memory alive until the answer
+                bucket = [(name, tensor.to(device)) for name, tensor in bucket]
+            call(_file_message(bucket) if device is None else _ipc_message(bucket))
+        self._check_names(names)
+        reply = call(Message("end_weights", {"check": list(to_check), "version": version}))
+        self.compared = compare(to_check, reply.fields["reports"], version)
+
+    def _check_names(self, names: set[str]) -> None:
+        missing = sorted(self._expected - names)
+        unknown = sorted(names - self._expected)
+        if missing or unknown:
+            what = f"{missing[0]} did not come" if missing else f"{unknown[0]} is not one of them"
+            raise WeightSyncError(
+                f"the engine needs the {len(self._expected)} weights of {self.model_dir}, got "
+                f"{len(names)}: {what}; send every weight of this model"
+            )
+
+    # --- a lost engine
+
+    def _retried(self, action: Callable[[], Any], what: str, resend: bool = True) -> Any:
+        """The action's result; a dead engine is replaced, and the weights that it had sent again,
+        as often as rollout.restart allows."""
+        while True:
+            try:
+                return action()
+            except EngineError as error:
+                self._restart(error, what)
+                if resend and self._sent is not None:
+                    self._transfer(self._sent)
+
+    def _restart(self, error: EngineError, what: str) -> None:
+        self.host.close()
+        if self.restarts >= self.options.restarts:
+            limit = self.options.restarts
+            allowed = f"all {limit} restarts are used" if limit else "rollout.restart is 0"
+            raise EngineError(f"{error}; {allowed}, set rollout.restart higher") from error
+        self.restarts += 1
+        print(
+            f"flowrl: {error}; starting the engine again for {what} "
+            f"({self.restarts} of {self.options.restarts})",
+            file=sys.stderr,
+        )
+        self.host = self._start()
+        self._is_asleep = False
+
+
+def eos_ids(model_dir: Path, tokenizer: Any) -> frozenset[int]:
+    """The tokenizer's end-of-sequence token and all of the model's own: chat models have several.
+
+    Raises ConfigError if there is none."""
+    declared = _json(model_dir / "generation_config.json").get("eos_token_id")
+    if declared is None:
+        declared = _json(model_dir / "config.json").get("eos_token_id")
+    several = declared if isinstance(declared, list) else [declared]
+    ids = frozenset(i for i in (*several, tokenizer.eos_token_id) if i is not None)
+    require(
+        bool(ids),
+        "the model must have an end-of-sequence token, neither its tokenizer nor its "
+        "generation_config.json names one; add eos_token_id to generation_config.json",
+    )
+    return ids
+
+
+def model_positions(model_dir: Path) -> int | None:
+    return _json(model_dir / "config.json").get("max_position_embeddings")
+
+
+def _tensor_names(model_dir: Path) -> frozenset[str]:
+    """Names of the model's weights, a tied head left out."""
+    names: set[str] = set()
+    for file in model_dir.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            names |= set(tensors.keys())
+    require(bool(names), f"{model_dir} has no *.safetensors; export the model with flowrl export")
+    if _json(model_dir / "config.json").get("tie_word_embeddings"):
+        names.discard("lm_head.weight")
+    return frozenset(names)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _is_shared(tensor: Tensor) -> bool:
+    """Whether `.cpu()` gives the trainer's own memory."""
+    return tensor.device.type == "cpu"
+
+
+def _buckets(
+    weights: Iterable[tuple[str, Tensor]], limit_bytes: int
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """At most `limit_bytes` together, but at least one tensor."""
+    bucket: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in weights:
+        if bucket and size + tensor.nbytes > limit_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def _file_message(bucket: Sequence[tuple[str, Tensor]]) -> Message:
+    described = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in bucket]
+    arrays = {
+        name: t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for name, t in bucket
+    }
+    return Message("weights", {"tensors": described}, arrays)
+
+
+def _ipc_message(bucket: Sequence[tuple[str, Tensor]]) -> Message:
+    """CUDA IPC handles, in the form of vLLM's IPCWeightTransferUpdateInfo. The bucket's tensors
+    must stay alive until the answer."""
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    handles = []
+    for _, tensor in bucket:
+        gpu = str(torch.cuda.get_device_properties(tensor.device).uuid)
+        handles.append({gpu: reduce_tensor(tensor)[1]})
+    update = {
+        "names": [name for name, _ in bucket],
+        "dtype_names": [str(t.dtype).removeprefix("torch.") for _, t in bucket],
+        "shapes": [list(t.shape) for _, t in bucket],
+        "ipc_handles_pickled": base64.b64encode(pickle.dumps(handles)).decode(),
+    }
+    return Message("ipc_weights", {"update": update})

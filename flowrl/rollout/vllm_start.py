@@ -1,0 +1,101 @@
+"""From [rollout] and [model] to a VLLMSampler whose engine runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowrl.config import Config
+from flowrl.rollout.engine_process import InProcess, ServerProcess
+from flowrl.rollout.engine_protocol import EngineHost, EngineSettings
+from flowrl.rollout.vllm_sampler import SyncOptions, VLLMSampler
+from flowrl.rollout_config import RolloutConfig
+from flowrl.schema import require
+
+
+def build_vllm_sampler(
+    config: Config, model_dir: Path, tokenizer: Any, device: torch.device
+) -> VLLMSampler:
+    """Raises ConfigError for settings that this device or this vLLM cannot have."""
+    options = config.rollout
+    check_device(options, device)
+    settings = engine_settings(config, model_dir, device)
+    sync = SyncOptions(
+        generate_timeout_s=options.generate_timeout_s,
+        sync_timeout_s=options.sync_timeout_s,
+        bucket_bytes=options.sync_bucket_mb << 20,
+        checked_tensors=options.sync_checked_tensors,
+        restarts=options.restart,
+        ipc_device=device if settings.ipc else None,
+        sleep=options.sleep,
+    )
+    dtype = getattr(torch, config.model.dtype)
+    return VLLMSampler(model_dir, tokenizer, dtype, _starter(options, settings), sync)
+
+
+def _starter(options: RolloutConfig, settings: EngineSettings) -> Callable[[], EngineHost]:
+    if options.mode == "in_process":
+        return partial(InProcess, settings, options.start_timeout_s)
+    return partial(ServerProcess, settings, options.server_python, options.start_timeout_s)
+
+
+def engine_settings(config: Config, model_dir: Path, device: torch.device) -> EngineSettings:
+    options = config.rollout
+    is_cpu = device.type == "cpu"
+    shares_gpu = not is_cpu and options.tensor_parallel_size == 1
+    transport = options.sync_transport
+    if transport == "auto":
+        transport = "ipc" if shares_gpu else "files"
+    log = config.run_dir / "logs" / f"vllm_rank{os.environ.get('RANK', '0')}.log"
+    return EngineSettings(
+        model_dir=str(model_dir.resolve()),
+        log_path=str(log.resolve()),
+        dtype=config.model.dtype,
+        device=str(device),
+        max_model_len=options.max_prompt_tokens + options.max_new_tokens,
+        max_sequences=options.max_batch_sequences,
+        tensor_parallel_size=options.tensor_parallel_size,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+        kv_cache_gb=options.kv_cache_gb,
+        enforce_eager=is_cpu if options.enforce_eager is None else options.enforce_eager,
+        sleep=options.sleep,
+        quantization="fp8" if options.dtype == "fp8" else None,
+        ipc=transport == "ipc",
+    )
+
+
+def check_device(options: RolloutConfig, device: torch.device) -> None:
+    """Raises ConfigError for a setting that means nothing on this device."""
+    if device.type != "cpu":
+        require(
+            options.kv_cache_gb == RolloutConfig.kv_cache_gb,
+            f"rollout.kv_cache_gb is for a CPU, got {options.kv_cache_gb} on {device}; "
+            "set rollout.gpu_memory_utilization",
+        )
+        require(
+            options.sync_transport != "ipc" or options.tensor_parallel_size == 1,
+            "rollout.sync_transport=ipc needs trainer and engine on one GPU, got "
+            f"rollout.tensor_parallel_size={options.tensor_parallel_size}; "
+            "set rollout.sync_transport=files",
+        )
+        return
+    for name, allowed in (
+        ("dtype", "auto"),
+        ("sleep", False),
+        ("gpu_memory_utilization", RolloutConfig.gpu_memory_utilization),
+    ):
+        value = getattr(options, name)
+        require(
+            value == allowed,
+            f"rollout.{name} is for a GPU, got {value} on {device}; leave it out",
+        )
+    require(
+        options.sync_transport != "ipc",
+        f"rollout.sync_transport=ipc is CUDA's, got device {device}; "
+        "set rollout.sync_transport=files",
+    )

@@ -1,0 +1,89 @@
+"""Sampling ahead of training: the next batches are generated while the policy trains.
+
+With rollout.max_staleness = k the batch of step n is drawn from the weights after step n - 1 - k
+(those before step 1 where there are none), whatever the clock does: step n + k is asked for when
+step n begins, and new weights wait until it is generated. So a run repeats itself, and no rollout
+is ever more than k steps old. What is generated but not yet trained on is not saved: a resumed run
+generates it again, from the weights it resumes with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowrl.experience import Collector, Experience
+from flowrl.records import Rollout, SampleRequest
+from flowrl.rollout import Sampler
+
+
+class AheadSampler:
+    """A sampler whose every call runs in one thread, in the order of the calls. See `Sampler`."""
+
+    def __init__(self, sampler: Sampler, device: torch.device) -> None:
+        self.sampler = sampler
+        self.policy_version = 0  # of the weights loaded last
+        self._ahead: dict[int, tuple[SampleRequest, Future[list[Rollout]]]] = {}
+
+        def choose_device() -> None:  # a thread starts on the first GPU
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+
+        self._thread = ThreadPoolExecutor(1, "sampler", initializer=choose_device)
+
+    def prefetch(self, request: SampleRequest) -> None:
+        """Starts to generate what `sample` will be asked for later."""
+        future = self._thread.submit(self.sampler.sample, request)
+        self._ahead[request.step] = (request, future)
+
+    def sample(self, request: SampleRequest) -> list[Rollout]:
+        prefetched = self._ahead.pop(request.step, None) if request.stream == "train" else None
+        if prefetched is None:
+            return self._thread.submit(self.sampler.sample, request).result()
+        asked, future = prefetched
+        assert asked == request, (asked.step, [p.index for p in request.prompts])
+        return future.result()
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
+        self._thread.submit(self.sampler.load_weights, weights, policy_version).result()
+        self.policy_version = policy_version
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self.sampler.close()
+
+
+class AheadCollector(Collector):
+    """A collector that asks its AheadSampler for the batches of `max_staleness` steps to come."""
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self._asked = 0  # newest step that was asked for
+
+    def collect(self, number: int) -> Experience:
+        sampler = self.sampler
+        assert isinstance(sampler, AheadSampler)
+        depth, steps = self.config.rollout.max_staleness, self.config.trainer.steps
+        size = self.config.batch.prompts_per_step
+        for step in range(max(self._asked + 1, number), min(number + depth, steps) + 1):
+            first = self.next_prompt + (step - number) * size
+            sampler.prefetch(self._request(step, self._share(range(first, first + size))))
+            self._asked = step
+        experience = super().collect(number)
+        return dataclasses.replace(
+            experience, metrics={**experience.metrics, **self._staleness(experience.rollouts)}
+        )
+
+    def _staleness(self, rollouts: list[Rollout]) -> dict[str, float]:
+        """rollout/staleness: steps between the weights of the oldest rollout and the newest."""
+        assert isinstance(self.sampler, AheadSampler)
+        oldest = min(r.policy_version for r in rollouts)
+        updates = self.config.batch.updates_per_step
+        behind = (self.sampler.policy_version - oldest) / updates
+        assert behind <= self.config.rollout.max_staleness, (behind, oldest)
+        return {"rollout/staleness": behind}

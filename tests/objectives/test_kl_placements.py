@@ -1,0 +1,113 @@
+"""What each placement of the KL optimises: expected gradients by enumeration of all answers.
+
+A tabular policy over answers of two tokens from an alphabet of three; on-policy, so the
+expectation over answers of an objective's gradient is exact.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from loss_batches import assert_close
+
+from flowrl.objectives import build, count_totals
+from flowrl.records import LossBatch, to_cu_seqlens
+
+ANSWERS = list(itertools.product(range(3), range(3)))
+TAU = 0.7
+
+
+def table(seed: int) -> torch.Tensor:
+    """(4, 3) logits: of the first token, and of the second after each first one."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(4, 3, generator=generator, dtype=torch.float64)
+
+
+LOGITS, REF = table(0), table(1)
+REWARDS = torch.randn(9, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def token_logprobs(logits: torch.Tensor) -> torch.Tensor:  # (9, 2)
+    logprobs = logits.log_softmax(1)
+    return torch.stack([torch.stack([logprobs[0, a], logprobs[1 + a, b]]) for a, b in ANSWERS])
+
+
+def gradient_of(value: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.grad(value, logits)[0]
+
+
+def expected_gradient(name: str = "reinforce", **options) -> torch.Tensor:
+    """Sum over answers of pi(y) times the gradient of the loss of y alone."""
+    logits = LOGITS.clone().requires_grad_()
+    current = token_logprobs(logits)
+    old = current.detach().flatten()
+    batch = LossBatch(
+        rewards=REWARDS,
+        group_ids=torch.arange(9),
+        cu_seqlens=to_cu_seqlens(torch.full((9,), 2)),
+        logprobs=current.flatten(),
+        old_logprobs=old,
+        ref_logprobs=token_logprobs(REF).flatten(),
+    )
+    batch = batch.replace(totals=count_totals(batch))
+    objective = build(name, options)
+    batch = objective.prepare(batch)
+    losses = [objective.loss(batch.select(torch.tensor([i])))[0] * 9 for i in range(9)]
+    probabilities = current.detach().sum(1).exp()
+    return gradient_of((torch.stack(losses) * probabilities).sum(), logits)
+
+
+def exact(kl: float) -> torch.Tensor:
+    """Gradient of -(E[r] - kl * KL(pi || pi_ref))."""
+    logits = LOGITS.clone().requires_grad_()
+    logprobs = token_logprobs(logits).sum(1)
+    regularised = REWARDS - kl * (logprobs - token_logprobs(REF).sum(1))
+    return gradient_of(-(logprobs.exp() * regularised).sum(), logits)
+
+
+def token_local(forward: bool) -> torch.Tensor:
+    """Gradient of the sum over states of the KL of their next token, states held as they are."""
+    logits = LOGITS.clone().requires_grad_()
+    current, reference = logits.log_softmax(1), REF.log_softmax(1)
+    first, second = (reference, current) if forward else (current, reference)
+    kl = (first.exp() * (first - second)).sum(1)  # (4,)
+    reached = torch.cat([torch.ones(1).double(), current.detach()[0].exp()])
+    return gradient_of((kl * reached).sum(), logits)
+
+
+NONE = {"advantage": "none", "kl_coef": TAU}
+
+
+@pytest.mark.parametrize("placement", ["reward_sequence", "reward_token"])
+def test_k1_in_the_reward_is_the_regularised_objective(placement):
+    assert_close(expected_gradient(**NONE, kl_placement=placement), exact(TAU))
+    assert float((exact(TAU) - exact(0.0)).abs().max()) > 0.01
+
+
+def test_rloo_kl_has_the_same_expectation():
+    """Groups of one, where there is no baseline to take off."""
+    assert_close(expected_gradient("rloo_kl", beta=1 / TAU), exact(TAU))
+
+
+def test_k1_in_the_loss_does_nothing_in_expectation():
+    assert_close(expected_gradient(**NONE, kl_placement="loss"), exact(0.0))
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3_straight_through"])
+def test_k2_in_the_loss_is_the_kl_of_each_token(estimator):
+    found = expected_gradient(**NONE, kl_placement="loss", kl_estimator=estimator)
+    assert_close(found, exact(0.0) + TAU * token_local(forward=False))
+    assert float((found - exact(TAU)).abs().max()) > 1e-3  # what it does to later KL is missing
+
+
+def test_k3_in_the_loss_is_the_forward_kl_of_each_token():
+    found = expected_gradient(**NONE, kl_placement="loss", kl_estimator="k3")
+    assert_close(found, exact(0.0) + TAU * token_local(forward=True))
+
+
+def test_the_weighted_k3_is_the_kl_of_each_token():
+    options = {"kl_placement": "loss", "kl_estimator": "k3", "kl_ratio_weight": True}
+    found = expected_gradient(**NONE, **options)
+    assert_close(found, exact(0.0) + TAU * token_local(forward=False))
