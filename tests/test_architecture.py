@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SIBLINGS = ("data", "tasks", "rollout", "objectives", "models")
 BASE = {
-    "schema", "config", "loop_config", "parallel_config", "rollout_config", "model_shape", "step_config",
-    "settings", "records", "parallel", "metrics", "weights",
+    "schema", "config", "loop_config", "parallel_config", "rollout_config", "model_shape",
+    "settings", "step_config", "records", "parallel", "metrics", "weights",
 }  # fmt: skip
 HEAVY = {  # package -> the only modules that may import it
     "vllm": {"flowrl/rollout/vllm_engine.py"},
