@@ -22,6 +22,7 @@ def evaluated(batch: LossBatch, **options):
     logprobs = leaf(batch.logprobs)
     loss, metrics = objective.loss(batch.replace(logprobs=logprobs))
     loss.backward()
+    assert logprobs.grad is not None
     return loss.detach(), logprobs.grad, objective.summarize(metrics, batch)
 
 
@@ -34,7 +35,8 @@ def by_definition(batch: LossBatch, logprobs: torch.Tensor, beta: float, backwar
     candidates = defaultdict(list)
     for n, step in enumerate(actions.step_ids.tolist()):
         candidates[step].append(n)
-    scores, rewards, prompts = defaultdict(float), defaultdict(list), {}
+    scores: dict[int, torch.Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+    rewards, prompts = defaultdict(list), {}
     for n in range(batch.num_sequences):
         trajectory = int(actions.trajectory_ids[n])
         rewards[trajectory].append(float(batch.rewards[n]))
@@ -42,7 +44,8 @@ def by_definition(batch: LossBatch, logprobs: torch.Tensor, beta: float, backwar
         if actions.chosen[n]:
             others = torch.stack([sums[m] for m in candidates[int(actions.step_ids[n])]])
             log_backward = float(actions.log_backward[n]) if backward == "uniform" else 0.0
-            scores[trajectory] += sums[n] - others.logsumexp(0) - log_backward
+            flow = sums[n] - others.logsumexp(0) - log_backward
+            scores[trajectory] = scores[trajectory] + flow
     by_prompt = defaultdict(list)
     for trajectory, prompt in prompts.items():
         reward = sum(rewards[trajectory]) / len(rewards[trajectory])
