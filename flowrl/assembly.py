@@ -14,6 +14,7 @@ from flowrl_kernels import backends
 
 from flowrl import objectives
 from flowrl.config import Config, LogZConfig, ValueHeadConfig
+from flowrl.experience import Experience
 from flowrl.loop_config import LoopConfig, with_defaults
 from flowrl.model_shape import read_shape
 from flowrl.models import Backend, base_model, hf_files
@@ -24,7 +25,10 @@ from flowrl.replica import ReplicaSampler, ReplicaTask
 from flowrl.rollout import Sampler, build_sampler
 from flowrl.schema import ConfigError, nearest
 from flowrl.staleness import AheadSampler
+from flowrl.step_config import StepsConfig
+from flowrl.step_expansion import StepExpansion
 from flowrl.tasks import Task, build_task
+from flowrl.tasks.step_task import StepTask
 
 DEFAULT_TARGET_BETA = 3.0  # of the exact target, for objectives without one of their own
 
@@ -60,6 +64,7 @@ def resolve(config: Config) -> tuple[Config, Objective]:
             f"objective {objective.name} compares the members of a group, got batch.group_size="
             f"{config.batch.group_size}; set batch.group_size=8"
         )
+    _check_steps(config, objective)
     beta = config.eval.target_beta or objective.beta or DEFAULT_TARGET_BETA
     available = backends.available()
     if config.kernels.backend not in ("auto", *available):
@@ -69,6 +74,32 @@ def resolve(config: Config) -> tuple[Config, Objective]:
         )
     target = dataclasses.replace(config.eval, target_beta=beta)
     return dataclasses.replace(config, log_z=log_z, loop=loop, eval=target), objective
+
+
+def _check_steps(config: Config, objective: Objective) -> None:
+    """Raises ConfigError for settings that do not go with what the objective's policy draws."""
+    if objective.policy == "tokens":
+        if config.steps != StepsConfig():
+            raise ConfigError(
+                f"steps.* is set, but objective {objective.name} draws tokens, not legal actions; "
+                "leave it out"
+            )
+        return
+    for name, wanted, given in (
+        ("model.backend", "hf", config.model.backend),
+        ("rollout.engine", "hf", config.rollout.engine),
+        ("rollout.max_staleness", 0, config.rollout.max_staleness),
+        ("rollout.correction", "none", config.rollout.correction),
+        ("rollout.temperature", 1.0, config.rollout.temperature),
+        ("rollout.old_logprobs", "trainer", config.rollout.old_logprobs),
+        ("eval.top_p", 1.0, config.eval.top_p),
+        ("eval.exact_prompts", 0, config.eval.exact_prompts),
+    ):
+        if given != wanted:
+            raise ConfigError(
+                f"objective {objective.name} draws legal actions and needs {name}={wanted}, got "
+                f"{given}; set {name}={wanted}"
+            )
 
 
 def _resolved_loop(config: Config, objective: Objective) -> LoopConfig:
@@ -195,16 +226,57 @@ def check_shape(config: Config, directory: Path) -> None:
             )
 
 
+def expansion(parts: Parts) -> Callable[[Experience], Experience]:
+    """What turns a step's rollouts into the sequences of its loss."""
+    if parts.objective.policy == "tokens":
+        return lambda experience: experience
+    return StepExpansion(_step_task(parts.task), parts.tokenizer)
+
+
+def _build_sampler(
+    config: Config,
+    objective: Objective,
+    task: Task,
+    directory: Path,
+    tokenizer: Any,
+    parallel: Parallel,
+) -> Sampler:
+    if objective.policy == "tokens":
+        return build_sampler(config, directory, tokenizer, parallel.device)
+    from flowrl.rollout.step_sampler import StepSampler
+
+    return StepSampler(
+        directory,
+        getattr(torch, config.model.dtype),
+        parallel.device,
+        tokenizer,
+        config.rollout.max_batch_sequences,
+        _step_task(task),
+        config.steps,
+    )
+
+
+def _step_task(task: Task) -> StepTask:
+    if not isinstance(task, StepTask):
+        raise ConfigError(
+            f"task {task.name} has no legal actions, which this objective's policy chooses among; "
+            "set task.name=game24 or blocksworld, or subclass StepTask"
+        )
+    return task
+
+
 def assemble(config: Config, parallel: Parallel, say: Callable[[str], None]) -> Parts:
     """All parts of a run. `config` is a resolved one."""
     _, objective = resolve(config)
     task = build_task(config.task.name, config.task.options, config.reward.timeout_s)
+    if objective.policy == "legal_actions":
+        _step_task(task)
     directory = model_dir(config, task, parallel, say)
     tokenizer = hf_files.load_tokenizer(directory)
     backend = _backend(config, directory, objective, parallel)
 
     def sampler_of_one() -> Sampler:
-        return build_sampler(config, directory, tokenizer, parallel.device)
+        return _build_sampler(config, objective, task, directory, tokenizer, parallel)
 
     if parallel.model_size > 1:
         sampler = ReplicaSampler(sampler_of_one, parallel)

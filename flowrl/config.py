@@ -19,6 +19,7 @@ from flowrl.loop_config import LoopConfig
 from flowrl.parallel_config import ParallelConfig, check_backend
 from flowrl.rollout_config import RolloutConfig
 from flowrl.schema import ConfigError, build, require
+from flowrl.step_config import StepsConfig
 
 
 @dataclass(frozen=True)
@@ -300,6 +301,7 @@ class Config:
     batch: BatchConfig = field(default_factory=BatchConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    steps: StepsConfig = field(default_factory=StepsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -17,7 +17,7 @@ from flowrl.config import Config
 from flowrl.data.prompts import encode_prompts
 from flowrl.loop_config import LoopConfig
 from flowrl.parallel import Parallel
-from flowrl.records import Rollout, SampleRequest, Score
+from flowrl.records import Actions, Rollout, SampleRequest, Score
 from flowrl.replay import Group, ReplayBuffer
 from flowrl.rollout import Sampler
 from flowrl.tasks import Task
@@ -27,12 +27,33 @@ REPLAY_FILE = "replay.jsonl"
 
 
 @dataclass(frozen=True)
+class Expansion:
+    """The legal actions of the states that trajectories visit, as sequences of their own."""
+
+    sequences: list[Rollout]
+    owners: list[int]  # the trajectory of each
+    actions: Actions
+
+
+@dataclass(frozen=True)
 class Experience:
     """This rank's share of a step: whole groups, update by update."""
 
     rollouts: list[Rollout]
     scores: list[Score]
     metrics: dict[str, float] = field(default_factory=dict)  # of all ranks
+    expansion: Expansion | None = None
+
+    @property
+    def sequences(self) -> list[Rollout]:
+        """What the loss is a sum over: the rollouts, or what they were expanded to."""
+        return self.rollouts if self.expansion is None else self.expansion.sequences
+
+    @property
+    def sequence_scores(self) -> list[Score]:
+        if self.expansion is None:
+            return self.scores
+        return [self.scores[owner] for owner in self.expansion.owners]
 
 
 class Collector:
@@ -47,6 +68,7 @@ class Collector:
         tokenizer: Any,
         sampler: Sampler,
         watch: Callable[[str], AbstractContextManager[None]],
+        expand: Callable[[Experience], Experience] = lambda experience: experience,
     ) -> None:
         self.config = config
         self.parallel = parallel
@@ -54,6 +76,7 @@ class Collector:
         self.tokenizer = tokenizer
         self.sampler = sampler
         self.watch = watch
+        self.expand = expand
         self.next_prompt = 0  # position in the task's training stream
         loop = config.loop
         self.buffer = None
@@ -64,6 +87,9 @@ class Collector:
 
     def collect(self, number: int) -> Experience:
         """The experience of step `number` (1, 2, ...); every rank calls it."""
+        return self.expand(self._collect(number))
+
+    def _collect(self, number: int) -> Experience:
         count = self.config.batch.prompts_per_step
         if not self.config.loop.shares_groups:
             groups, errors = self._sample(number, self._share(self._take(count)))

@@ -118,6 +118,22 @@ class Totals:
 
 
 @dataclass(frozen=True)
+class Actions:
+    """Sequences that are legal actions: which step of which trajectory each is a candidate for."""
+
+    trajectory_ids: Tensor  # (N,) int64
+    step_ids: Tensor  # (N,) int64, unique to a step of a trajectory
+    chosen: Tensor  # (N,) bool: the candidate that was taken
+    log_backward: Tensor  # (N,) log P_B of the taken one, on all candidates of the step
+
+    def select(self, indices: Tensor) -> Actions:
+        return Actions(*(getattr(self, f.name)[indices] for f in fields(self)))
+
+    def to(self, device: torch.device) -> Actions:
+        return _to(self, device)
+
+
+@dataclass(frozen=True)
 class LossBatch:
     """The one record that every objective reads. Per token (T,), per sequence (N,)."""
 
@@ -136,8 +152,9 @@ class LossBatch:
     advantages: Tensor | None = None  # (N,) or (T,), from prepare
     returns: Tensor | None = None  # (T,) what values are fitted to, from prepare
     log_z: Tensor | None = None  # (N,) a group's members share the prompt's value
-    group_log_z: Tensor | None = None  # (N,) the group's own estimate, without gradient
+    group_log_z: Tensor | None = None  # (N,) or (N, k) from the group's pass, without gradient
     truncated: Tensor | None = None  # (N,) bool
+    actions: Actions | None = None  # where sequences are legal actions
     totals: Totals | None = None  # of the whole update, filled before it is split
 
     @property
@@ -163,7 +180,10 @@ class LossBatch:
         rows, cu_seqlens = take_segments(self.cu_seqlens, indices)
         num_tokens = int(self.cu_seqlens[-1])
         changes: dict[str, Any] = {"cu_seqlens": cu_seqlens}
-        for name in (f.name for f in fields(self) if f.name not in ("cu_seqlens", "totals")):
+        if self.actions is not None:
+            changes["actions"] = self.actions.select(indices)
+        whole = ("cu_seqlens", "totals", "actions")
+        for name in (f.name for f in fields(self) if f.name not in whole):
             value = getattr(self, name)
             if value is not None:
                 per_token = name in _PER_TOKEN or (
@@ -209,6 +229,6 @@ def _to(record: Any, device: torch.device) -> Any:
     moved = {
         f.name: value.to(device)
         for f in fields(record)
-        if isinstance(value := getattr(record, f.name), Tensor)
+        if isinstance(value := getattr(record, f.name), Tensor | Actions)
     }
     return replace(record, **moved)

@@ -51,17 +51,19 @@ def summarize(
     if entropy is None:
         entropy = torch.cat([o.entropy for o in outputs if o.entropy is not None])
     batch = batch.replace(logprobs=trainer_logprobs, entropy=entropy)
-    whole = _gathered(parallel, experience.scores, batch, rows)
-    metrics = measure.reward_metrics(whole["reward"], config.batch.group_size)
-    metrics["reward/error_rate"] = float(whole["error"].double().mean())
+    whole = _gathered(parallel, experience.sequence_scores, batch, rows)
+    answers = whole if experience.expansion is None else _gathered_answers(parallel, experience)
+    metrics = measure.reward_metrics(answers["reward"], config.batch.group_size)
+    metrics["reward/error_rate"] = float(answers["error"].double().mean())
     shaping = whole["shaped"] - whole["reward"]
     if bool((shaping != 0).any()):
         metrics["reward/shaping_mean"] = float(shaping.double().mean())
     metrics |= experience.metrics
     metrics["diversity/distinct_solutions"] = _distinct_solutions(config, parallel, experience)
-    metrics |= measure.length_metrics(whole["length"], whole["truncated"])
+    metrics |= measure.length_metrics(answers["length"], answers["truncated"])
     metrics |= _actor_metrics(parts, outputs, whole)
-    metrics |= measure.mismatch_metrics(whole)
+    if batch.rollout_logprobs is not None:
+        metrics |= measure.mismatch_metrics(whole)
     for name in ("correction_weight", "correction_dropped"):
         if name in whole:
             metrics[f"mismatch/{name}"] = float(whole[name].sum() / whole["tokens"].sum())
@@ -86,14 +88,33 @@ def _gathered(
         "entropy": measure.segment_sum(
             torch.where(batch.mask, batch.entropy, 0.0), batch.cu_seqlens
         ),
-        **measure.mismatch_rows(batch, batch.logprobs),
+        "tokens": measure.segment_sum(batch.mask.double(), batch.cu_seqlens),
         **rows,
     }
+    if batch.rollout_logprobs is not None:
+        mine |= measure.mismatch_rows(batch, batch.logprobs)
     if batch.ref_logprobs is not None:
         log_ratio = torch.where(batch.mask, batch.logprobs - batch.ref_logprobs, 0.0)
         mine["kl_ref"] = measure.segment_sum(log_ratio, batch.cu_seqlens)
     if batch.rollout_weights is not None:
         mine |= correction_metrics(batch)
+    return _in_prompt_order(parallel, mine)
+
+
+def _gathered_answers(parallel: Parallel, experience: Experience) -> dict[str, Tensor]:
+    """Per rollout of all ranks, in prompt order, where sequences are not rollouts."""
+    rollouts, scores = experience.rollouts, experience.scores
+    mine = {
+        "group_id": torch.tensor([r.prompt.index for r in rollouts]),
+        "reward": torch.tensor([s.reward for s in scores], dtype=torch.float32),
+        "error": torch.tensor([s.error is not None for s in scores]),
+        "length": torch.tensor([len(r.response_ids) for r in rollouts]),
+        "truncated": torch.tensor([r.truncated for r in rollouts]),
+    }
+    return _in_prompt_order(parallel, mine)
+
+
+def _in_prompt_order(parallel: Parallel, mine: Mapping[str, Tensor]) -> dict[str, Tensor]:
     shares = parallel.gather(mine)
     whole = {name: torch.cat([share[name] for share in shares]) for name in mine}
     order = whole["group_id"].argsort(stable=True)

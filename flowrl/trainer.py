@@ -68,7 +68,7 @@ class Trainer:
     def step(self, number: int) -> StepResult:
         """Step `number` (1, 2, ...). A function of the weights, the config and the number."""
         experience = self.collector.collect(number)
-        packed = pack(experience.rollouts)
+        packed = pack(experience.sequences)
         batch = self._loss_batch(experience, packed)
         with self.watch("logprob"):
             batch, trainer_logprobs = self._add_logprobs(packed, batch)
@@ -86,10 +86,13 @@ class Trainer:
     # --- before the update
 
     def _loss_batch(self, experience: Experience, packed: PackedBatch) -> LossBatch:
-        rollouts, loop = experience.rollouts, self.config.loop
-        flat = [p for r in rollouts for p in r.rollout_logprobs]
+        rollouts, loop = experience.sequences, self.config.loop
+        sampled = None  # of candidates the sampler knows no log-probs by token
+        if experience.expansion is None:
+            flat = [p for r in rollouts for p in r.rollout_logprobs]
+            sampled = torch.tensor(flat, dtype=torch.float32)
         truncated = torch.tensor([r.truncated for r in rollouts])
-        rewards = torch.tensor([s.reward for s in experience.scores], dtype=torch.float32)
+        rewards = torch.tensor([s.reward for s in experience.sequence_scores], dtype=torch.float32)
         lengths = packed.cu_seqlens.diff().long()
         longest = self.config.rollout.max_new_tokens
         kept = None
@@ -99,9 +102,10 @@ class Trainer:
             rewards=shaped_rewards(rewards, lengths, truncated, loop, longest),
             group_ids=torch.tensor([r.prompt.index for r in rollouts]),
             cu_seqlens=packed.cu_seqlens,
-            rollout_logprobs=torch.tensor(flat, dtype=torch.float32),
+            rollout_logprobs=sampled,
             response_mask=kept,
             truncated=truncated,
+            actions=experience.expansion.actions if experience.expansion else None,
         )
 
     @property
@@ -154,6 +158,7 @@ class Trainer:
         first = torch.ones(1, dtype=torch.int64)
         group = torch.cat([first, (batch.group_ids.diff() != 0).long()]).cumsum(0) - 1  # (N,)
         per_update = self.config.batch.prompts_per_update // self.parallel.world_size
+        pairs = list(zip(experience.sequences, experience.sequence_scores, strict=True))
         parts = []
         for update in range(updates):
             indices = (group // per_update == update).nonzero().flatten()
@@ -162,7 +167,7 @@ class Trainer:
             sizes = torch.tensor([loss.num_sequences, int(loss.mask.sum()), groups]).double()
             sizes = self.parallel.all_reduce(sizes).clamp(min=1.0)  # every token may be masked
             totals = Totals(*sizes.tolist())
-            mine = [(experience.rollouts[i], experience.scores[i]) for i in indices.tolist()]
+            mine = [pairs[i] for i in indices.tolist()]
             parts.append(Part(mine, packed.select(indices), loss.replace(totals=totals)))
         return parts
 
@@ -270,6 +275,8 @@ class Trainer:
         metrics, rows = summarize(
             self.config, self.parallel, self.objective, experience, batch, parts, trainer_logprobs
         )
+        if experience.expansion:
+            rows = {}  # of candidates, not of rollouts
         num_tokens = int(self.parallel.all_reduce(batch.lengths.sum().double()))
         return StepResult(metrics, experience.rollouts, experience.scores, rows, num_tokens)
 

@@ -155,7 +155,15 @@ class _Session:
         self.evaluator = evaluator
         self.loggers = loggers
         kind = AheadCollector if config.rollout.max_staleness else Collector
-        collector = kind(config, ranks, parts.task, parts.tokenizer, parts.sampler, self.watch)
+        collector = kind(
+            config,
+            ranks,
+            parts.task,
+            parts.tokenizer,
+            parts.sampler,
+            self.watch,
+            assembly.expansion(parts),
+        )
         self.trainer = Trainer(
             config, ranks, collector, parts.sampler, parts.backend, parts.objective, self.watch
         )

@@ -22,6 +22,7 @@ from flowrl.objectives.base import LogZDefaults, Metrics, Objective, count_total
 from flowrl.objectives.cispo import CISPO
 from flowrl.objectives.dapo import DAPO
 from flowrl.objectives.dr_grpo import DrGRPO
+from flowrl.objectives.flow_of_reasoning import FlowOfReasoning
 from flowrl.objectives.flowrl_objective import FlowRL
 from flowrl.objectives.ftb import FTB
 from flowrl.objectives.gflowrl import GFlowRL
@@ -57,7 +58,7 @@ __all__ = [
 ]
 
 RESIDUALS: tuple[type[Objective], ...] = (
-    FlowRL, TB, VarGrad, GFlowRL, TBA, GVPO, KimiPMD, FTB, SubTB, DB,
+    FlowRL, TB, VarGrad, GFlowRL, TBA, GVPO, KimiPMD, FTB, SubTB, DB, FlowOfReasoning,
 )  # fmt: skip
 POLICY_GRADIENTS: tuple[type[Objective], ...] = (
     Reinforce, RLOO, RLOOKL, ReinforcePP, ReinforcePPBaseline, PPO, TRPO,

@@ -101,16 +101,3 @@ def sequence_mean(values: Tensor, batch: LossBatch) -> Tensor:
 def response_lengths(batch: LossBatch) -> Tensor:
     """(N,) int64 |y|: response tokens that are not masked."""
     return torch.segment_reduce(batch.mask.double(), "sum", lengths=batch.lengths).long()
-
-
-MAX_ROLLOUT_CORRECTION = 2.0  # as for token weights (TIS); a product over tokens has heavy tails
-
-
-def rollout_correction(batch: LossBatch) -> Tensor:
-    """(N,) factor of a sequence-level loss for the sampler's other log-probs: the product of the
-    response's `rollout_weights`, at most 2; 1 without them. Without gradient."""
-    if batch.rollout_weights is None:
-        return torch.ones_like(batch.rewards)
-    log_weights = torch.where(batch.mask, batch.rollout_weights.double(), 1.0).log()
-    product = torch.segment_reduce(log_weights, "sum", lengths=batch.lengths).exp()
-    return product.clamp(max=MAX_ROLLOUT_CORRECTION).detach()

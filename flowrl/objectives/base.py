@@ -83,6 +83,9 @@ class Objective(ABC):
     name: ClassVar[str]
     Options: ClassVar[type]
     coupling: Literal["sequence", "group"] = "sequence"
+    policy: Literal["tokens", "legal_actions"] = "tokens"
+    """What is drawn: tokens, or whole legal actions by a softmax over their scores. Then sequences
+    of a batch are the legal actions of the states visited (`LossBatch.actions`)."""
     loop_defaults: Mapping[str, Any] = {}
     """What the published method sets in [loop]; the section's own values override it."""
 

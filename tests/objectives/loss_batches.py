@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowrl.objectives import LossResult, loss, names
-from flowrl.records import LossBatch, to_cu_seqlens
+from flowrl.records import Actions, LossBatch, to_cu_seqlens
 
 
 def batch_from_rows(
@@ -94,7 +94,10 @@ def random_batch(seed: int, group_sizes: list[int], masked: bool = True) -> Loss
     )
     old_values = normal(num_tokens)
     values = old_values + 0.4 * normal(num_tokens)
-    return batch.replace(old_values=old_values, values=values)
+    places = torch.cat([torch.arange(size) for size in group_sizes])[order]
+    trajectories = groups[order] * 10 + places // 2  # pairs of candidates, the first one taken
+    actions = Actions(trajectories, trajectories, places % 2 == 0, -0.1 * places.double())
+    return batch.replace(old_values=old_values, values=values, actions=actions)
 
 
 Cases = list[tuple[str, dict[str, Any]]]

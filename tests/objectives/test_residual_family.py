@@ -175,15 +175,12 @@ def test_the_best_constant_has_the_least_mean_of_its_group(phi):
 
 @pytest.mark.parametrize("name", ["tb", "vargrad", "flowrl", "gflowrl", "subtb", "db"])
 def test_the_samplers_correction_multiplies_the_weight_alone(name):
-    """Products over response tokens: 1.5 * 0.8, 4 (held at 2), 0 (dropped), 1 ..."""
+    """Ratios of whole sequences: 1.5, 2, 0 (dropped), 1 ..."""
     batch = random_batch(17, [3, 3], masked=False)
     plain, _, _ = evaluate(name, batch)
     starts = batch.cu_seqlens.long()
-    weights = torch.ones(int(starts[-1]), dtype=torch.float64)
-    factors = torch.ones(6, dtype=torch.float64)
-    for sequence, (first, factor) in enumerate([(1.2, 1.2), (4.0, 2.0), (0.0, 0.0)]):
-        weights[starts[sequence]] = first
-        factors[sequence] = factor
+    factors = torch.tensor([1.5, 2.0, 0.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    weights = factors.repeat_interleave(batch.lengths)
     corrected, gradient, _ = evaluate(name, batch.replace(rollout_weights=weights))
     assert_close(corrected.metrics["residual"], plain.metrics["residual"])
     weight = plain.metrics["importance_weight"]
