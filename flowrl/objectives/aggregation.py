@@ -107,8 +107,11 @@ MAX_ROLLOUT_CORRECTION = 2.0  # as for token weights (TIS); a product over token
 
 
 def rollout_correction(batch: LossBatch) -> Tensor:
-    """(N,) factor of a sequence-level loss for the sampler's other log-probs: the product of the
-    response's `rollout_weights`, at most 2; 1 without them. Without gradient."""
+    """(N,) factor of a sequence-level loss for the sampler's other log-probs: `rollout_factors`
+    where the correction is one number a sequence, else the product of the response's
+    `rollout_weights`, at most 2; 1 without them. Without gradient."""
+    if batch.rollout_factors is not None:
+        return batch.rollout_factors.double().detach()
     if batch.rollout_weights is None:
         return torch.ones_like(batch.rewards)
     log_weights = torch.where(batch.mask, batch.rollout_weights.double(), 1.0).log()
