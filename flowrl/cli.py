@@ -44,6 +44,20 @@ class MakeBaseArgs:
 
 
 @dataclass(frozen=True)
+class PlanArgs:
+    """Say what a recipe needs: parameters, memory per process, a bound on speed, fits or not."""
+
+    recipe: tyro.conf.Positional[str]
+    """Name of a shipped recipe, or the path of a TOML file."""
+    gpu: str = "h100"
+    """GPU whose memory and peak rates are taken: a100, h100, h200 or b200."""
+    gpus: int = 0
+    """Number of GPUs; 0: parallel.processes of the recipe."""
+    response_tokens: int = 0
+    """Mean length of a response; 0: half of rollout.max_new_tokens."""
+
+
+@dataclass(frozen=True)
 class EvalArgs:
     """Evaluate a run's newest checkpoint, or any model directory, on held-out problems."""
 
@@ -120,6 +134,13 @@ def _make_base(args: MakeBaseArgs, overrides: dict[str, Any]) -> None:
     from flowrl.commands import make_base
 
     make_base.run(load(args.recipe, overrides))
+
+
+def _plan(args: PlanArgs, overrides: dict[str, Any]) -> None:
+    from flowrl.commands import plan
+
+    machine = plan.Machine(args.gpu, args.gpus, args.response_tokens)
+    plan.run(load(args.recipe, overrides), machine)
 
 
 def _eval(args: EvalArgs, overrides: dict[str, Any]) -> None:
@@ -209,6 +230,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, dict[str, Any]], None]]] = {
     "report": (ReportArgs, _report),
     "export": (ExportArgs, _export),
     "make-base": (MakeBaseArgs, _make_base),
+    "plan": (PlanArgs, _plan),
     "compare": (CompareArgs, _compare),
     "doctor": (DoctorArgs, _doctor),
 }
@@ -216,7 +238,7 @@ _CONTINUE = {
     "train": "; continue with --resume",
     "compare": "; the same command goes on where it stopped",
 }
-TAKES_SETTINGS = ("train", "make-base")
+TAKES_SETTINGS = ("train", "make-base", "plan")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

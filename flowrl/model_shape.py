@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,15 @@ class ModelShape:
     rope_theta: float
     rope_factor: float | None  # of Llama 3's scaling; None: plain rotary embedding
     tied: bool  # the output layer is the embedding
+    # Token whose embedding gets no gradient, as in transformers; not what tells two models apart.
+    padding_token: int | None = field(default=None, compare=False)
 
     def difference(self, other: ModelShape) -> str:
         """The first field in which the two differ, in words."""
-        for name, mine in asdict(self).items():
-            if mine != getattr(other, name):
-                return f"{name} is {getattr(other, name)} instead of {mine}"
+        for name in (f.name for f in fields(self) if f.compare):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                return f"{name} is {theirs} instead of {mine}"
         return "nothing differs"
 
     @property
@@ -105,73 +108,74 @@ def read_shape(where: str | Path) -> ModelShape:
                 f"no model shape called {str(where)!r}{nearest(str(where), shape_names())}"
             )
     try:
-        fields = json.loads(path.read_text())
+        given = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"cannot read {path}: {error}; give a Hugging Face config.json"
         ) from error
-    return shape_of(fields, str(path))
+    return shape_of(given, str(path))
 
 
-def shape_of(fields: Mapping[str, Any], where: str) -> ModelShape:
+def shape_of(given: Mapping[str, Any], where: str) -> ModelShape:
     """Raises ConfigError for another family, or a variant of it that would be computed wrongly."""
-    family = fields.get("model_type", "")
+    family = given.get("model_type", "")
     require(
         family in FAMILIES,
         f"{where}: model_type must be one of {', '.join(FAMILIES)} here, got {family!r}; "
         "use model.backend=hf",
     )
-    _check_variant(fields, family, where)
+    _check_variant(given, family, where)
     try:
-        heads = fields["num_attention_heads"]
-        theta, factor = _rotary(fields, where)
+        heads = given["num_attention_heads"]
+        theta, factor = _rotary(given, where)
         return ModelShape(
             family=family,
-            num_layers=fields["num_hidden_layers"],
-            hidden_size=fields["hidden_size"],
-            intermediate_size=fields["intermediate_size"],
+            num_layers=given["num_hidden_layers"],
+            hidden_size=given["hidden_size"],
+            intermediate_size=given["intermediate_size"],
             num_heads=heads,
-            num_kv_heads=fields.get("num_key_value_heads") or heads,
-            head_dim=_head_dim(fields, family),
-            vocab_size=fields["vocab_size"],
-            max_positions=fields["max_position_embeddings"],
-            norm_eps=fields["rms_norm_eps"],
+            num_kv_heads=given.get("num_key_value_heads") or heads,
+            head_dim=_head_dim(given, family),
+            vocab_size=given["vocab_size"],
+            max_positions=given["max_position_embeddings"],
+            norm_eps=given["rms_norm_eps"],
             rope_theta=theta,
             rope_factor=factor,
-            tied=fields.get("tie_word_embeddings", False),
+            tied=given.get("tie_word_embeddings", False),
+            padding_token=given.get("pad_token_id"),
         )
     except KeyError as error:
         raise ConfigError(f"{where} has no {error}; give the model's own config.json") from error
 
 
-def _head_dim(fields: Mapping[str, Any], family: str) -> int:
-    if fields.get("head_dim"):
-        return fields["head_dim"]
-    return 128 if family == "qwen3" else fields["hidden_size"] // fields["num_attention_heads"]
+def _head_dim(given: Mapping[str, Any], family: str) -> int:
+    if given.get("head_dim"):
+        return given["head_dim"]
+    return 128 if family == "qwen3" else given["hidden_size"] // given["num_attention_heads"]
 
 
-def _check_variant(fields: Mapping[str, Any], family: str, where: str) -> None:
+def _check_variant(given: Mapping[str, Any], family: str, where: str) -> None:
     for name in ("attention_bias", "mlp_bias"):
         require(
-            not fields.get(name, False),
+            not given.get(name, False),
             f"{where}: {name} must be false for model_type {family}, got true; "
             "use model.backend=hf",
         )
-    sliding = fields.get("use_sliding_window", False) or "sliding_attention" in (
-        fields.get("layer_types") or []
+    sliding = given.get("use_sliding_window", False) or "sliding_attention" in (
+        given.get("layer_types") or []
     )
     require(not sliding, f"{where}: sliding windows are not implemented; use model.backend=hf")
-    activation = fields.get("hidden_act", "silu")
+    activation = given.get("hidden_act", "silu")
     require(
         activation == "silu",
         f"{where}: hidden_act must be silu, got {activation}; use model.backend=hf",
     )
 
 
-def _rotary(fields: Mapping[str, Any], where: str) -> tuple[float, float | None]:
+def _rotary(given: Mapping[str, Any], where: str) -> tuple[float, float | None]:
     """Base, and the factor of Llama 3's scaling."""
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or fields.get("rope_theta") or 10000.0)
+    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    theta = float(rope.get("rope_theta") or given.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return theta, None

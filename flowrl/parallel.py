@@ -128,24 +128,27 @@ def start(device: str, layout: ParallelConfig | None = None) -> Parallel:
         raise ConfigError("model.device=cuda, but torch sees no CUDA device; set model.device=auto")
     use_cuda = device != "cpu" and torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    num_processes = int(os.environ.get("WORLD_SIZE", 1))
-    layout.replicas(num_processes)
+    count = num_processes()
+    layout.replicas(count)
     if use_cuda:
         torch.cuda.set_device(local_rank)
     chosen = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    if num_processes > 1 and not dist.is_initialized():
+    if count > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=TIMEOUT)
-    return place(int(os.environ.get("RANK", 0)), num_processes, layout, chosen)
+    return place(int(os.environ.get("RANK", 0)), count, layout, chosen)
 
 
-def place(
-    process: int, num_processes: int, layout: ParallelConfig, device: torch.device
-) -> Parallel:
+def num_processes() -> int:
+    """Processes that torchrun started, over all nodes; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def place(process: int, count: int, layout: ParallelConfig, device: torch.device) -> Parallel:
     """The record of one process; every process calls it. Megatron's order: tensor ranks are
     neighbours, then replicas, then stages."""
-    replicas = layout.replicas(num_processes)
+    replicas = layout.replicas(count)
     if layout.model_size == 1:
-        return Parallel(process, num_processes, device)
+        return Parallel(process, count, device)
     tensor, pipeline = layout.tensor, layout.pipeline
     tensor_rank, rest = process % tensor, process // tensor
     replica, stage = rest % replicas, rest // replicas

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ParallelConfig:
+    processes: int = 0
+    """Processes that the settings are made for, which plan and --dry-run assume; 0: one replica's.
+    A run takes what torchrun starts."""
     tensor: int = 1
     """Processes that share every matrix (tensor parallelism, TP); within one node."""
     pipeline: int = 1
@@ -64,6 +67,14 @@ class ParallelConfig:
             f"{self.virtual_pipeline} and overlap_p2p=false; set parallel.overlap_p2p=true",
         )
 
+        nearest = max(1, round(self.processes / self.model_size)) * self.model_size
+        require(
+            self.processes >= 0 and self.processes % self.model_size == 0,
+            "parallel.processes must be a multiple of parallel.tensor * parallel.pipeline, got "
+            f"{self.processes} and {self.tensor} * {self.pipeline}; set "
+            f"parallel.processes={nearest}",
+        )
+
     @property
     def model_size(self) -> int:
         """Processes of one replica."""
@@ -83,6 +94,11 @@ class ParallelConfig:
                 f"{self.model_size} with torchrun --nproc-per-node {self.model_size}"
             )
         return num_processes // self.model_size
+
+    def fitting(self, num_processes: int) -> ParallelConfig:
+        """This layout, or one process per replica where the processes do not make whole ones: what
+        reads a checkpoint may do so at any layout."""
+        return ParallelConfig() if num_processes % self.model_size else self
 
 
 def check_backend(model: ModelConfig, parallel: ParallelConfig) -> None:

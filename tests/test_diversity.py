@@ -135,7 +135,7 @@ def test_bootstrap_covers_the_mean_as_often_as_it_says():
     random = np.random.default_rng(0)
     held = 0
     for trial in range(200):
-        found = diversity.bootstrap(random.normal(size=(1, 50)), resamples=300, seed=trial)
+        found = diversity.bootstrap(random.normal(size=(1, 50)).tolist(), resamples=300, seed=trial)
         held += found.low <= 0.0 <= found.high
     assert 0.88 <= held / 200 <= 0.99
 

@@ -62,5 +62,6 @@ def _config(recorded: Config, model: str, options: EvalConfig) -> Config:
         ),
         rollout=recorded.rollout.by_transformers(),
         model=dataclasses.replace(recorded.model, path=model or recorded.model.path),
+        parallel=recorded.parallel.fitting(parallel.num_processes()),
     )
     return assembly.resolve(changed)[0]

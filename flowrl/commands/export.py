@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from flowrl import assembly, parallel
@@ -10,7 +11,9 @@ from flowrl.run_dir import read_config, restore_newest
 
 
 def run(run_dir: Path, out: Path) -> None:
-    config, objective = assembly.resolve(read_config(run_dir))
+    recorded = read_config(run_dir)
+    layout = recorded.parallel.fitting(parallel.num_processes())
+    config, objective = assembly.resolve(dataclasses.replace(recorded, parallel=layout))
     check_export_dir(out)
     ranks = parallel.start(config.model.device, config.parallel)
     backend = assembly.build_backend(config, objective, ranks, print)

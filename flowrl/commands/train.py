@@ -31,10 +31,10 @@ from flowrl.trainer import NonFiniteLossError, StepResult, Trainer, TrainingErro
 # for the rounding of another order of sums where the layout ([parallel]) changes.
 MAY_CHANGE = {
     "trainer.steps", "trainer.max_skipped_updates", "checkpoint.every", "checkpoint.keep_last",
-    "parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.sequence",
-    "parallel.overlap_p2p", "parallel.overlap_grad_reduce", "parallel.recompute",
-    "parallel.reference", "run.dir", "run.loggers", "kernels.backend", "reward.max_error_rate",
-    "reward.timeout_s",
+    "parallel.processes", "parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline",
+    "parallel.sequence", "parallel.overlap_p2p", "parallel.overlap_grad_reduce",
+    "parallel.recompute", "parallel.reference", "run.dir", "run.loggers", "kernels.backend",
+    "reward.max_error_rate", "reward.timeout_s",
     "rollout.mode", "rollout.server_python", "rollout.restart", "rollout.start_timeout_s",
     "rollout.generate_timeout_s", "rollout.sync_timeout_s", "rollout.sync_bucket_mb",
     "rollout.sync_checked_tensors", "rollout.kv_cache_gb", "rollout.gpu_memory_utilization",

@@ -9,6 +9,7 @@ After writing, each process reads its share back and compares it bit by bit.
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 
@@ -50,6 +52,9 @@ def save(directory: Path, contents: Contents) -> None:
     written = _described(contents)
     wanted = _empty_like(written)  # before saving, which changes the descriptions
     sent = {key: {name: i.data for name, i in entry.items()} for key, entry in written.items()}
+    # Of this process alone: Megatron's own queue is a server process, for saving in the background,
+    # which outlives a job that is killed.
+    filesystem_async._results_queue = queue.Queue()
     writer = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
     dist_checkpointing.save({"state": written}, str(directory), writer)
     found: Any = dist_checkpointing.load({"state": wanted}, str(directory))

@@ -78,6 +78,32 @@ class PackedCoreAttention(MegatronModule):
         return out.flatten(1)
 
 
+class TokenEmbedding(tensor_parallel.VocabParallelEmbedding):
+    """The embedding over the vocabulary's shards, without a gradient for the padding token. Its row
+    may be zero, where the gradient of the norm behind it is a thousand times too large."""
+
+    padding_token: int | None
+
+    def forward(self, input_: Tensor) -> Tensor:  # (1, T_model) -> (1, T_model, D), or (T, 1, D)
+        local = input_ - self.vocab_start_index
+        elsewhere = (local < 0) | (local >= self.weight.shape[0])
+        padding = (
+            None if self.padding_token is None else self.padding_token - self.vocab_start_index
+        )
+        if padding is not None and not 0 <= padding < self.weight.shape[0]:
+            padding = None
+        rows = local.masked_fill(elsewhere, 0)
+        found = nn.functional.embedding(rows, self.weight, padding_idx=padding)
+        found = found.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        if not self.reduce_scatter_embeddings:
+            return tensor_parallel.reduce_from_tensor_model_parallel_region(
+                found, group=self.tp_group
+            )
+        return tensor_parallel.reduce_scatter_to_sequence_parallel_region(
+            found.transpose(0, 1).contiguous(), group=self.tp_group
+        )
+
+
 class PolicyHead(tensor_parallel.ColumnParallelLinear):
     """The output layer, which hands its vocabulary shard to a `HeadUse` instead of making logits.
     Called as a module, so that hooks that wait for its weight have run."""
@@ -101,8 +127,18 @@ class PolicyModel(GPTModel):
     """The part of the policy on this stage. `labels` of `forward` is a `HeadUse`; what that returns
     is what the last stage returns."""
 
-    def __init__(self, *args: Any, heads: Mapping[str, nn.Module], **options: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        heads: Mapping[str, nn.Module],
+        padding_token: int | None,
+        **options: Any,
+    ) -> None:
         super().__init__(*args, **options)
+        if self.pre_process:
+            words: Any = self.embedding.word_embeddings
+            words.__class__ = TokenEmbedding  # built by GPTModel, as a plain one
+            words.padding_token = padding_token
         if self.post_process:
             self.output_layer.__class__ = PolicyHead  # built by GPTModel, as a plain one
         self.heads = nn.ModuleDict(heads if self.post_process else {})
@@ -196,6 +232,7 @@ def build_chunk(
         rope_scaling_factor=shape.rope_factor or 8.0,
         vp_stage=chunk,
         heads=heads,
+        padding_token=shape.padding_token,
     )
 
 

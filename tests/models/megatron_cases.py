@@ -26,6 +26,7 @@ PLAN = [
     [4, 5],
 ]  # an odd number of micro-batches, so that interleaving needs fillers
 UPDATES = 3
+PADDING = 2  # a token of the batch whose embedding gets no gradient
 VOCABULARY = 21  # divides by nothing; on four ranks the last has padding only
 CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
 OBJECTIVE = {"preset": "recipe", "log_z": "learned"}  # with the log Z head's dropout
@@ -90,7 +91,7 @@ def make_model(directory: Path, family: str, tied: bool, vocabulary: int = VOCAB
     config = CONFIGS[family](
         vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-        tie_word_embeddings=tied, **extra,
+        tie_word_embeddings=tied, pad_token_id=PADDING, **extra,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(1)

@@ -5,6 +5,8 @@ pi_ref success 0.057, beta 3: the target's is 0.547. 341 answers of 1 to 4 token
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tabular_tree import LENGTHS, OUTCOMES, TabularPolicy
@@ -16,7 +18,7 @@ from flowrl.objectives.base import FixedPoint
 from flowrl.targets import target
 
 BETA = 3.0
-MATCHERS = {  # name -> options
+MATCHERS: dict[str, Any] = {  # name -> options
     "tb": {"beta": BETA},
     "vargrad": {"beta": BETA},
     "rloo_kl": {"beta": BETA},
@@ -37,7 +39,8 @@ MAXIMISERS = {
 }
 
 
-def distance_to(point: FixedPoint, policy: TabularPolicy) -> dict[str, float]:
+def distance_to(point: FixedPoint | None, policy: TabularPolicy) -> dict[str, float]:
+    assert point is not None
     found = target(point, policy.table)
     assert found is not None
     return distances(policy.probabilities().tolist(), found.probabilities.tolist())

@@ -1,0 +1,271 @@
+"""What a run needs, from its settings and the model's shape alone: memory per process, operations
+per step, and the bound on speed that peak rates set. Imports no torch.
+
+Exact: parameters, weights, gradients, optimizer, key-value cache per token, operations of matrices.
+Estimates, marked as such in the table: activations, and the reserve for CUDA and its libraries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from flowrl.config import Config
+from flowrl.model_shape import ModelShape
+
+RESERVE_BYTES = 3e9  # CUDA context, NCCL buffers, fragmentation
+CUDA_LOGITS_BYTES = 3 << 30  # of the fused head, where kernels.max_logits_mb is 0
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peak rates without sparsity, from the vendor's data sheets."""
+
+    memory_bytes: float
+    bf16_flops: float
+    fp8_flops: float
+
+
+GPUS = {
+    "a100": Gpu(80e9, 312e12, 312e12),
+    "h100": Gpu(80e9, 989e12, 1979e12),
+    "h200": Gpu(141e9, 989e12, 1979e12),
+    "b200": Gpu(180e9, 2250e12, 4500e12),
+}
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    gpu: str
+    num_gpus: int
+    response_tokens: int  # mean length
+    prompt_tokens: int  # mean length
+    needs: frozenset[str]  # of the objective
+    log_z_parameters: int
+    old_pass: bool
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest process, and what the sampler on the same GPU takes."""
+
+    training: dict[str, float]
+    sampling: dict[str, float]
+    together: bool  # the sampler keeps its memory while the policy trains
+
+    @property
+    def peak(self) -> float:
+        training, sampling = sum(self.training.values()), sum(self.sampling.values())
+        return training + sampling if self.together else max(training, sampling)
+
+
+@dataclass(frozen=True)
+class Plan:
+    parameters: int
+    parameters_per_process: int  # on the fullest stage
+    replicas: int
+    memory: Memory
+    host_bytes: float  # per process, of a reference that changes places
+    tokens_per_step: float
+    flops: dict[str, float]  # of one step, by pass
+    step_s: float  # at peak rates, without waiting
+    bubble: float  # share of a training pass that the pipeline waits
+    fits: bool
+
+    @property
+    def total_flops(self) -> float:
+        return sum(self.flops.values())
+
+
+def make_plan(config: Config, shape: ModelShape, given: Assumptions) -> Plan:
+    parallel = config.parallel
+    replicas = max(1, given.num_gpus // parallel.model_size)
+    memory = Memory(
+        training=_training_bytes(config, shape, given, replicas),
+        sampling=_sampling_bytes(config, shape, given),
+        together=not config.rollout.sleep,
+    )
+    flops, slow, fast = _step_flops(config, shape, given)
+    gpu = GPUS[given.gpu]
+    sequences = config.batch.sequences_per_step
+    mean = given.prompt_tokens + given.response_tokens
+    rows = mean * config.batch.prompts_per_update * config.batch.group_size / replicas
+    passes = math.ceil(rows / config.batch.tokens_per_microbatch)
+    waits = parallel.pipeline - 1
+    return Plan(
+        parameters=shape.num_parameters,
+        parameters_per_process=max(_stage_parameters(config, shape)),
+        replicas=replicas,
+        memory=memory,
+        host_bytes=_host_bytes(config, shape, given),
+        tokens_per_step=float(sequences * mean),
+        flops=flops,
+        step_s=(slow / gpu.bf16_flops + fast / gpu.fp8_flops) / given.num_gpus,
+        bubble=waits / (passes * parallel.virtual_pipeline + waits),
+        fits=memory.peak <= gpu.memory_bytes,
+    )
+
+
+def remedies(config: Config, shape: ModelShape, given: Assumptions) -> Iterator[str]:
+    """Single settings that make the run fit, the cheapest first."""
+    parallel, rollout = config.parallel, config.rollout
+    tries: list[tuple[str, dict[str, object], dict[str, object]]] = []
+    if rollout.engine == "vllm" and not rollout.sleep:
+        tries.append(("rollout.sleep=true", {}, {"sleep": True}))
+    if parallel.tensor > 1 and not parallel.sequence:
+        tries.append(("parallel.sequence=true", {"sequence": True}, {}))
+    if parallel.recompute != "full":
+        tries.append(("parallel.recompute=full", {"recompute": "full"}, {}))
+    if parallel.reference == "copy" and "ref" in given.needs:
+        tries.append(("parallel.reference=swap", {"reference": "swap"}, {}))
+    for name in ("tensor", "pipeline"):
+        doubled = 2 * getattr(parallel, name)
+        if given.num_gpus % (2 * parallel.model_size) == 0:
+            tries.append((f"parallel.{name}={doubled}", {name: doubled}, {}))
+    if rollout.engine == "vllm":
+        doubled = 2 * rollout.tensor_parallel_size
+        tries.append((f"rollout.tensor_parallel_size={doubled}", {},
+                      {"tensor_parallel_size": doubled}))  # fmt: skip
+    for text, layout, sampling in tries:
+        changed = dataclasses.replace(
+            config,
+            parallel=dataclasses.replace(parallel, **layout),  # type: ignore[arg-type]
+            rollout=dataclasses.replace(rollout, **sampling),  # type: ignore[arg-type]
+        )
+        if make_plan(changed, shape, given).fits:
+            yield text
+
+
+# --- memory
+
+
+def _stage_parameters(config: Config, shape: ModelShape) -> list[int]:
+    """Parameters of each stage on one tensor rank. Norms are whole on every one."""
+    tensor, stages = config.parallel.tensor, config.parallel.pipeline
+    bias = shape.queries_width + 2 * shape.keys_width if shape.qkv_bias else 0
+    layer = (shape.layer_matrices + bias) // tensor + shape.layer_vectors - bias
+    vocabulary = math.ceil(shape.vocab_size / tensor) * shape.hidden_size
+    counts = [layer * shape.num_layers // stages] * stages
+    counts[0] += vocabulary
+    if stages > 1 or not shape.tied:
+        counts[-1] += vocabulary  # a tied one is copied to the last stage
+    counts[-1] += shape.hidden_size
+    return counts
+
+
+def _training_bytes(
+    config: Config, shape: ModelShape, given: Assumptions, replicas: int
+) -> dict[str, float]:
+    width = 2 if config.model.dtype == "bfloat16" else 4
+    stage = max(range(config.parallel.pipeline), key=_stage_parameters(config, shape).__getitem__)
+    count = _stage_parameters(config, shape)[stage]
+    megatron = config.model.backend == "megatron"
+    shards = replicas if megatron else 1  # Megatron's optimizer is shared out over replicas
+    keeps_main = megatron and width == 2  # beside the weights; the hf backend trains float32 ones
+    weights = count * (width if megatron else 4)
+    moments = count * (8 + 4 * keeps_main) / shards
+    head = given.log_z_parameters * (4 + 4 + 8 / shards)
+    copies = "ref" in given.needs and config.parallel.reference == "copy"
+    workspace = config.kernels.max_logits_mb << 20 or CUDA_LOGITS_BYTES
+    shard = math.ceil(shape.vocab_size / config.parallel.tensor)
+    rows = config.batch.tokens_per_microbatch
+    head_gradient = 4 * shard * shape.hidden_size
+    return {
+        "weights": weights,
+        "gradients (float32)": 4 * count,
+        "optimizer, this replica's share": moments,
+        "log Z head with its optimizer": head,
+        "reference policy": width * count if copies else 0,
+        "activations (estimate)": _activation_bytes(config, shape, width),
+        "fused head: logits chunk, d(weight), hidden": (
+            min(workspace, 16 * rows * shard) + head_gradient + 3 * width * rows * shape.hidden_size
+        ),
+        "reserve for CUDA and NCCL (estimate)": RESERVE_BYTES,
+    }
+
+
+def _activation_bytes(config: Config, shape: ModelShape, width: int) -> float:
+    """Of the first stage, which holds the most micro-batches at once.
+
+    A layer keeps, per token: inputs and outputs of both norms (4 D, shared out under sequence
+    parallelism), q, k, v before and after rotary embedding, attention's output, and four MLP
+    tensors. Full recompute keeps each layer's input, and one layer at a time."""
+    parallel, rows = config.parallel, config.batch.tokens_per_microbatch
+    spread = parallel.tensor if parallel.sequence else 1
+    wide = 4 * shape.hidden_size / spread
+    heads = (3 * shape.queries_width + 4 * shape.keys_width) / parallel.tensor
+    mlp = 4 * shape.intermediate_size / parallel.tensor
+    layer = width * rows * (wide + heads + mlp)
+    per_stage = shape.num_layers / parallel.pipeline
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    in_flight = parallel.pipeline * (
+        1 + (parallel.pipeline - 1) / chunks if parallel.virtual_pipeline > 1 else 1
+    )
+    recomputes = parallel.recompute == "full" or config.model.gradient_checkpointing
+    if recomputes:
+        return width * rows * shape.hidden_size / spread * per_stage * in_flight + layer
+    if parallel.recompute == "selective":  # attention's inputs stay, its output is made again
+        layer -= width * rows * shape.queries_width / parallel.tensor
+    return layer * per_stage * in_flight
+
+
+def _host_bytes(config: Config, shape: ModelShape, given: Assumptions) -> float:
+    if "ref" not in given.needs or config.parallel.reference == "copy":
+        return 0.0
+    width = 2 if config.model.dtype == "bfloat16" else 4
+    return 2.0 * width * max(_stage_parameters(config, shape))  # the reference, and the policy
+
+
+def _sampling_bytes(config: Config, shape: ModelShape, given: Assumptions) -> dict[str, float]:
+    """On the process that samples. The cache for all of the replica's sequences at once is what
+    speed asks for; an engine with less makes them wait."""
+    width = 2 if config.model.dtype == "bfloat16" else 4
+    rollout = config.rollout
+    if rollout.engine == "replay":
+        return {}
+    ranks = rollout.tensor_parallel_size if rollout.engine == "vllm" else 1
+    factor = 0.5 if rollout.dtype == "fp8" else 1.0
+    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+    sequences = min(rollout.max_batch_sequences, config.batch.sequences_per_step)
+    if rollout.engine == "vllm":  # what it takes for itself, weights and cache together
+        gpu = GPUS[given.gpu].memory_bytes
+        return {"vLLM: rollout.gpu_memory_utilization": rollout.gpu_memory_utilization * gpu}
+    return {
+        "sampler's copy of the weights": factor * width * shape.num_parameters / ranks,
+        "key-value cache": sequences * longest * kv_bytes_per_token(shape, width),
+    }
+
+
+def kv_bytes_per_token(shape: ModelShape, width: int) -> int:
+    """Over all layers, of the whole model."""
+    return 2 * shape.num_layers * shape.keys_width * width
+
+
+# --- operations
+
+
+def _step_flops(
+    config: Config, shape: ModelShape, given: Assumptions
+) -> tuple[dict[str, float], float, float]:
+    """By pass; then those at the bf16 rate and those at the FP8 rate. A multiplication and an
+    addition are two."""
+    sequences = config.batch.sequences_per_step
+    mean = given.prompt_tokens + given.response_tokens
+    tokens = sequences * mean
+    layers = 2.0 * shape.num_layers * shape.layer_matrices * tokens
+    attention = 2.0 * shape.num_layers * shape.queries_width * mean * tokens  # causal
+    head = 2.0 * shape.vocab_size * shape.hidden_size * sequences * given.response_tokens
+    recomputes = config.parallel.recompute == "full" or config.model.gradient_checkpointing
+    scorings = int(given.old_pass) + int("ref" in given.needs)
+    forwards = 3 + int(recomputes) + scorings
+    flops = {
+        "old policy's pass": given.old_pass * (layers + attention + head),
+        "reference's pass": ("ref" in given.needs) * (layers + attention + head),
+        "updates: layers, forward and backward": (3 + recomputes) * (layers + attention),
+        "updates: fused head, one pass": 3 * head,
+    }
+    if config.model.fp8 == "off":
+        return flops, sum(flops.values()), 0.0
+    return flops, sum(flops.values()) - forwards * layers, forwards * layers

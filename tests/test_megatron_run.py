@@ -1,0 +1,159 @@
+"""Whole runs with the Megatron backend: the losses of one process, a killed rank, other layouts.
+
+Adam's epsilon stands above rounding noise, which it would blow up to whole steps."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from arguments import as_args
+from transformers import AutoModelForCausalLM
+
+from flowrl.settings import merge
+
+STEPS = 10
+TP_PP = {"tensor": 2, "pipeline": 2}
+
+
+def command(tiny, run_dir, layout=None, *more, **sections):
+    settings = merge(
+        tiny,
+        {
+            "run": {"dir": str(run_dir)},
+            "trainer": {"steps": STEPS},
+            "checkpoint": {"every": 5, "keep_last": 3},
+            "optimizer": {"eps": 1e-3, "lr": 1e-3},
+            "eval": {"num_prompts": 0},
+            **sections,
+        },
+    )
+    launcher = [sys.executable]
+    if layout is not None:
+        settings = merge(settings, {"model": {"backend": "megatron"}, "parallel": layout})
+        count = layout.get("tensor", 1) * layout.get("pipeline", 1)
+        nproc = ["--standalone", "--nproc-per-node", str(count)]
+        launcher += ["-m", "torch.distributed.run", *nproc] if count > 1 else []
+    learned = ["--objective.log_z", "learned"]
+    return [*launcher, "-m", "flowrl", "train", *as_args(settings), *learned, *more]
+
+
+def finish(args):
+    done = subprocess.run(args, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def rows(run_dir):
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == "train"]
+
+
+def samples(run_dir, step):
+    text = (run_dir / f"samples/step_{step:06d}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def assert_same(found, expected, rel=1e-4):
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for one, other in zip(found, expected, strict=True):
+        for name in ("actor/loss", "actor/grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=rel), (one["step"], name)
+        for name in ("actor/entropy", "actor/kl_ref", "reward/mean"):
+            assert one[name] == pytest.approx(other[name], abs=1e-5), (one["step"], name)
+
+
+@pytest.fixture(scope="module")
+def recorded(tiny, base_dir, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("recorded") / "run"
+    finish(command(tiny, run_dir))
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def replay(recorded):
+    return {"rollout": {"engine": "replay", "replay_dir": str(recorded)}}
+
+
+@pytest.fixture(scope="module")
+def killed(tiny, recorded, replay, tmp_path_factory):
+    """A run on 4 processes, of which the last is killed after the checkpoint of step 5."""
+    run_dir = tmp_path_factory.mktemp("killed") / "run"
+    args = command(tiny, run_dir, TP_PP, **replay)
+    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(run_dir / "checkpoints/step_000005/manifest.json", process)
+    victim = max(workers_of(process.pid))
+    os.kill(victim, signal.SIGKILL)
+    start = time.monotonic()
+    _, errors = process.communicate(timeout=90)
+    return run_dir, victim, process.returncode, time.monotonic() - start, errors
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 180
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()[-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def workers_of(launcher):
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    found = [int(child) for child in children]
+    assert len(found) == 4, found
+    return found
+
+
+def test_a_killed_rank_ends_the_job_within_a_minute_and_is_named(killed):
+    _, victim, code, seconds, errors = killed
+    assert code != 0
+    assert seconds < 60
+    assert f"Signal 9 (SIGKILL) received by PID {victim}" in errors
+
+
+def test_a_resumed_run_has_the_losses_of_one_process(tiny, recorded, replay, killed):
+    """Ten steps on replayed rollouts, the first five before the kill, at TP 2 x PP 2."""
+    run_dir = killed[0]
+    printed = finish(command(tiny, run_dir, TP_PP, "--resume", **replay))
+    assert "resumed from step_000005" in printed
+    assert_same(rows(run_dir), rows(recorded))
+
+
+@pytest.mark.parametrize("layout", [{"pipeline": 2, "tensor": 1}, {"tensor": 1, "pipeline": 1}])
+def test_a_checkpoint_goes_on_at_another_layout(tiny, recorded, replay, killed, tmp_path, layout):
+    run_dir = tmp_path / "run"
+    copied = ["cp", "-r", str(killed[0]), str(run_dir)]
+    subprocess.run(copied, check=True)
+    for path in run_dir.glob("checkpoints/step_000010"):
+        subprocess.run(["rm", "-r", str(path)], check=True)
+    (run_dir / "report.html").unlink(missing_ok=True)
+    finish(command(tiny, run_dir, layout, "--resume", **replay))
+    assert_same(rows(run_dir), rows(recorded))
+
+
+def test_sampling_does_not_depend_on_the_layout(tiny, recorded, tmp_path):
+    """Rollouts of the first steps, drawn by one process of the replica with its weights."""
+    run_dir = tmp_path / "run"
+    finish(command(tiny, run_dir, {"tensor": 2, "sequence": True}, trainer={"steps": 2}))
+    for step in (1, 2):
+        for found, expected in zip(samples(run_dir, step), samples(recorded, step), strict=True):
+            assert found["response_ids"] == expected["response_ids"]
+            assert found["rollout_logprobs"] == pytest.approx(
+                expected["rollout_logprobs"], abs=1e-5
+            )
+    assert_same(rows(run_dir), rows(recorded)[:2])
+
+
+def test_an_export_on_one_process_is_what_the_split_run_trained(tiny, recorded, killed, tmp_path):
+    outs = []
+    for name, run_dir in (("split", killed[0]), ("one", recorded)):
+        out = tmp_path / name
+        finish([sys.executable, "-m", "flowrl", "export", str(run_dir), "--hf", str(out)])
+        outs.append(AutoModelForCausalLM.from_pretrained(out))
+    split, one = (model(torch.arange(3, 15)[None]).logits.log_softmax(-1) for model in outs)
+    torch.testing.assert_close(split, one, atol=1e-5, rtol=0)
