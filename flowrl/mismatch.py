@@ -75,12 +75,17 @@ FORMULAS: dict[str, Formula] = {
 }
 
 
-def rollout_weights(
+PER_SEQUENCE = ("seq_tis", "seq_mask", "geo_rs", "k3_rs")
+"""Corrections that give all tokens of a sequence one weight, which is the sequence's factor."""
+
+
+def corrected(
     batch: LossBatch,
     trainer_logprobs: Tensor,  # (T,) by the trainer, at the weights before the step's updates
     rollout: RolloutConfig,
-) -> Tensor | None:  # (T,) float32
-    """What `rollout.correction` makes of the batch; None without one. Masked tokens get 1.
+) -> LossBatch:
+    """The batch with `rollout_weights` (T,), 1 at masked tokens, and where the correction is one of
+    whole sequences `rollout_factors` (N,). Without a correction the batch as it is.
 
     tis           min(mu_t, high)                     truncated importance sampling, high 2
     seq_tis       min(M, high)                        high 2
@@ -92,11 +97,15 @@ def rollout_weights(
 
     Sources: docs/rollouts.md."""
     if rollout.correction == "none":
-        return None
+        return batch
     assert batch.rollout_logprobs is not None
     low, high = rollout.correction_bounds
     weights = FORMULAS[rollout.correction](_ratios(batch, trainer_logprobs), low, high)
-    return torch.where(batch.mask, weights, 1.0).float()
+    factors = None
+    if rollout.correction in PER_SEQUENCE:
+        factors = weights[batch.cu_seqlens[:-1].long()].float()
+    weights = torch.where(batch.mask, weights, 1.0).float()
+    return batch.replace(rollout_weights=weights, rollout_factors=factors)
 
 
 def correction_metrics(batch: LossBatch) -> dict[str, Tensor]:

@@ -149,6 +149,7 @@ class LossBatch:
     values: Tensor | None = None  # (T,) value of the state before each token
     old_values: Tensor | None = None  # (T,) the same before the step's first update
     rollout_weights: Tensor | None = None  # (T,) correction of sampler against trainer; None: 1
+    rollout_factors: Tensor | None = None  # (N,) the same of a sequence, where it is one number
     advantages: Tensor | None = None  # (N,) or (T,), from prepare
     returns: Tensor | None = None  # (T,) what values are fitted to, from prepare
     log_z: Tensor | None = None  # (N,) a group's members share the prompt's value

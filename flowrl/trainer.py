@@ -19,7 +19,7 @@ from flowrl import metrics as measure
 from flowrl.config import Config
 from flowrl.data.packing import pack, plan_microbatches
 from flowrl.experience import Collector, Experience, shaped_rewards
-from flowrl.mismatch import rollout_weights
+from flowrl.mismatch import corrected
 from flowrl.models import Backend, LossOutput, Microbatch, TokenScores, UpdateInfo
 from flowrl.objectives.base import Objective
 from flowrl.parallel import Parallel
@@ -132,7 +132,7 @@ class Trainer:
         use_rollout = self.config.rollout.old_logprobs == "rollout"
         batch = batch.replace(old_logprobs=batch.rollout_logprobs if use_rollout else own)
         if own is not None:
-            batch = batch.replace(rollout_weights=rollout_weights(batch, own, self.config.rollout))
+            batch = corrected(batch, own, self.config.rollout)
         if "ref" in self.objective.needs:
             reference = self._scores(packed, reference=True)
             batch = batch.replace(ref_logprobs=reference.logprobs)

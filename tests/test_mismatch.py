@@ -1,11 +1,17 @@
 """The corrections against their definitions, written out by hand for two short sequences."""
 
+import json
 import math
 
 import pytest
 import torch
+from arguments import as_args
+from test_matching import WORLD
 
-from flowrl.mismatch import FORMULAS, correction_metrics, rollout_weights
+from flowrl import objectives
+from flowrl.cli import main
+from flowrl.mismatch import FORMULAS, PER_SEQUENCE, corrected, correction_metrics
+from flowrl.objectives.aggregation import rollout_correction
 from flowrl.records import LossBatch
 from flowrl.rollout_config import RolloutConfig
 from flowrl.schema import ConfigError
@@ -31,7 +37,8 @@ def make(mu=MU, mask=None):
 def weights(correction, batch=None, **bounds):
     batch, trainer = batch or make()
     names = {f"correction_{k}": v for k, v in bounds.items()}
-    found = rollout_weights(batch, trainer, RolloutConfig(correction=correction, **names))
+    found = corrected(batch, trainer, RolloutConfig(correction=correction, **names))
+    found = found.rollout_weights
     return None if found is None else found.tolist()
 
 
@@ -101,8 +108,7 @@ def test_none_is_no_weight():
 def test_metrics_count_what_is_dropped():
     batch, trainer = make()
     config = RolloutConfig(correction="icepop", correction_low=0.8, correction_high=2.0)
-    batch = batch.replace(rollout_weights=rollout_weights(batch, trainer, config))
-    found = correction_metrics(batch)
+    found = correction_metrics(corrected(batch, trainer, config))
     assert found["correction_dropped"].tolist() == [2, 0]
     assert found["correction_weight"].tolist() == pytest.approx([1.0, 2.2], rel=1e-5)
 
@@ -139,3 +145,42 @@ def test_evaluation_samples_the_same_distribution_without_the_engine():
         correction="tis",
     )  # fmt: skip
     assert rollout.by_transformers() == RolloutConfig(temperature=0.7, correction="tis")
+
+
+@pytest.mark.parametrize("correction", sorted(FORMULAS))
+def test_a_sequence_level_loss_gets_one_factor_a_sequence(correction):
+    """Of a whole-sequence correction its one weight, not a power of it; else the capped product."""
+    batch, trainer = make()
+    low = 0.5 if correction == "icepop" else None
+    rollout = RolloutConfig(correction=correction, correction_low=low, correction_high=2.5)
+    batch = corrected(batch, trainer, rollout)
+    assert (batch.rollout_factors is not None) == (correction in PER_SEQUENCE)
+    expected = {
+        "tis": [1.5, 1.2],  # 2.5 * 0.6
+        "seq_tis": [1.8, 1.2],
+        "icepop": [0.0, 1.2],
+        "seq_mask": [1.8, 1.2],
+        "seq_mask_tis": [1.8, 1.2],
+        "geo_rs": [1.0, 1.0],
+        "k3_rs": [1.0, 1.0],
+    }[correction]
+    assert rollout_correction(batch).tolist() == pytest.approx(expected, rel=1e-5)
+    again = batch.select(torch.tensor([1, 0]))
+    assert rollout_correction(again).tolist() == pytest.approx(expected[::-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(objectives.names()))
+def test_every_objective_learns_nothing_from_what_is_dropped(name, base_cache, tmp_path):
+    """All sequences are outside these bounds: no gradient is left of a whole step."""
+    settings = {section: dict(values) for section, values in WORLD.items()}
+    settings["base"]["cache_dir"] = str(base_cache)
+    settings |= {"run": {"dir": str(tmp_path / "run")}, "objective": {"name": name}}
+    settings["rollout"] = {
+        "correction": "geo_rs", "correction_low": 0.1, "correction_high": 0.2,
+    }  # fmt: skip
+    settings["trainer"] = {"steps": 1}
+    settings["eval"] = {"num_prompts": 0}
+    main(["train", "modular_cpu", *as_args(settings)])
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["mismatch/correction_dropped"] == 1.0
+    assert row["actor/grad_norm"] == 0.0

@@ -69,8 +69,8 @@ def sequence_weights(batch: LossBatch) -> Tensor:
 
 
 def aggregate_sequences(losses: Tensor, batch: LossBatch) -> Tensor:
-    """Scalar sum_i sequence_weights_i * losses_i / sequences, for losses (N,) that are not sums
-    over tokens."""
+    """Scalar sum_i sequence_weights_i * losses_i / sequences, for losses (N,) of ratios that are
+    means over tokens."""
     weights = sequence_weights(batch) / given(batch.totals, "totals").sequences
     return (weights.to(losses.dtype) * losses).sum()
 
@@ -101,3 +101,19 @@ def sequence_mean(values: Tensor, batch: LossBatch) -> Tensor:
 def response_lengths(batch: LossBatch) -> Tensor:
     """(N,) int64 |y|: response tokens that are not masked."""
     return torch.segment_reduce(batch.mask.double(), "sum", lengths=batch.lengths).long()
+
+
+MAX_ROLLOUT_CORRECTION = 2.0  # as for token weights (TIS); a product over tokens has heavy tails
+
+
+def rollout_correction(batch: LossBatch) -> Tensor:
+    """(N,) factor of a residual's weight for the sampler's other log-probs: `rollout_factors` where
+    the correction is one number a sequence, else the product of the response's `rollout_weights`,
+    at most 2; 1 without them. Without gradient."""
+    if batch.rollout_factors is not None:
+        return batch.rollout_factors.double().detach()
+    if batch.rollout_weights is None:
+        return torch.ones_like(batch.rewards)
+    log_weights = torch.where(batch.mask, batch.rollout_weights.double(), 1.0).log()
+    product = torch.segment_reduce(log_weights, "sum", lengths=batch.lengths).exp()
+    return product.clamp(max=MAX_ROLLOUT_CORRECTION).detach()

@@ -12,7 +12,7 @@ import torch
 from flowrl_kernels import WeightBound, trajectory_balance
 from torch import Tensor
 
-from flowrl.objectives.aggregation import sequence_weights
+from flowrl.objectives.aggregation import rollout_correction
 from flowrl.objectives.base import given
 from flowrl.objectives.residual_settings import ResidualSettings
 from flowrl.records import LossBatch
@@ -40,7 +40,7 @@ def evaluate(
     """residual_i = log_z_i + m_t(logprobs) - beta * advantages_i - m_t(anchor)
     loss       = scale / divisor * sum_i  w_i * c_i * phi(residual_i)
 
-    c_i is the correction of sampler against trainer (aggregation.sequence_weights). With a gap
+    c_i is the correction of sampler against trainer (aggregation.rollout_correction). With a gap
     clip the residual's value at the old policy is clamped, and the policy's move since is added."""
     fused = (
         settings.phi.kind == "square"
@@ -99,8 +99,7 @@ def plain(
     z_estimate = torch.where(counted, log_z.double() - start - moved / divisor, log_z.double())
     log_weight = moved.detach()
     weight = torch.where(counted, _bounded(log_weight, settings.weight_bound), 1.0)
-    if batch.rollout_weights is not None:
-        weight = weight * sequence_weights(batch)
+    weight = weight * rollout_correction(batch).double()
     loss = loss_scale(settings, batch) * (weight * settings.phi(residual)).sum()
     dtype = logprobs.dtype
     return Residuals(

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowrl.objectives.aggregation import response_lengths, sequence_weights
+from flowrl.objectives.aggregation import response_lengths, rollout_correction
 from flowrl.objectives.base import AllReduce, Metrics, Objective, given, identity
 from flowrl.objectives.returns import discounted_sums
 from flowrl.records import LossBatch, ragged_arange
@@ -58,7 +58,7 @@ class FlowBalance(Objective):
         logprobs = given(batch.logprobs, "logprobs")
         found = potentials(batch, self.options.beta)
         imbalance = self.imbalance(found)  # (N,)
-        weight = sequence_weights(batch)
+        weight = rollout_correction(batch)
         loss = (weight * imbalance).sum() / given(batch.totals, "totals").sequences
         first = found.lengths.cumsum(0) - found.lengths  # (N,)
         ends = found.values.detach()[torch.stack([first, first + found.lengths - 1])]  # (2, N)

@@ -26,6 +26,7 @@ from flowrl.rollout.engine_protocol import (
 )
 
 SHARED_MEMORY = Path("/dev/shm")
+CPU_BATCH_TOKENS = 4096  # prompt tokens that one pass takes
 WORKER_EXTENSION = "flowrl.rollout.vllm_worker.WorkerExtension"
 
 
@@ -202,7 +203,12 @@ def _arguments(settings: EngineSettings) -> Mapping[str, Any]:
     }
     if settings.quantization is not None:
         arguments["quantization"] = settings.quantization
-    if settings.device != "cpu":
+    if settings.device == "cpu":
+        # A prompt cut in two makes vLLM 0.32 rewind the request's generator, which a CPU's cannot
+        # do ("CPU Generator does not use offset"), and the core dies.
+        arguments["enable_chunked_prefill"] = False
+        arguments["max_num_batched_tokens"] = max(CPU_BATCH_TOKENS, settings.max_model_len)
+    else:
         arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
         arguments["enable_sleep_mode"] = settings.sleep
     if settings.ipc:

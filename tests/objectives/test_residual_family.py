@@ -181,11 +181,13 @@ def test_the_samplers_correction_multiplies_the_weight_alone(name):
     starts = batch.cu_seqlens.long()
     factors = torch.tensor([1.5, 2.0, 0.0, 1.0, 1.0, 1.0], dtype=torch.float64)
     weights = factors.repeat_interleave(batch.lengths)
+    batch = batch.replace(rollout_factors=factors)
     corrected, gradient, _ = evaluate(name, batch.replace(rollout_weights=weights))
     assert_close(corrected.metrics["residual"], plain.metrics["residual"])
     weight = plain.metrics["importance_weight"]
     assert_close(corrected.metrics["importance_weight"], weight * factors)
     assert (gradient[starts[2] : starts[3]] == 0).all()
+    batch = batch.replace(rollout_factors=None)
     ones, ones_gradient, _ = evaluate(name, batch.replace(rollout_weights=0 * weights + 1))
     _, plain_gradient, _ = evaluate(name, batch)
     assert_close(ones.loss.detach(), plain.loss.detach())

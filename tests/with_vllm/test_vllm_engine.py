@@ -3,6 +3,7 @@
 One engine serves all tests of this file, in their order; the last ones kill it.
 """
 
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from flowrl.metrics import mismatch_metrics, mismatch_rows
-from flowrl.records import LossBatch
+from flowrl.records import LossBatch, Prompt
 from flowrl.rollout.engine_process import InProcess, ServerProcess
 from flowrl.rollout.engine_protocol import (
     EngineError,
@@ -121,6 +122,17 @@ def test_rollouts_stop_at_eos_or_are_truncated(sampler, tokenizer):
         assert r.truncated == (r.response_ids[-1] != EOS)
         assert r.text == tokenizer.decode(r.response_ids, skip_special_tokens=True)
     assert {r.truncated for r in rollouts} == {True, False}
+
+
+def test_prompts_that_do_not_fit_one_pass_keep_their_seeds(sampler, model, tokenizer):
+    """128 prompts of 60 tokens are 7680, vLLM takes 4096 at once on a CPU."""
+    texts = [f"{i:03d}" + "1+2=3-" * 9 + "4+5" for i in range(128)]
+    prompts = [Prompt(i, t, tuple(tokenizer(t)["input_ids"])) for i, t in enumerate(texts)]
+    request = dataclasses.replace(make_request(tokenizer, group_size=1), prompts=prompts)
+    rollouts = sampler.sample(request)
+    assert logp_abs_diff(model, rollouts, 1.0) < 1e-5
+    few = sampler.sample(dataclasses.replace(request, prompts=prompts[100:104]))
+    assert [r.response_ids for r in few] == [r.response_ids for r in rollouts[100:104]]
 
 
 def test_first_tokens_have_the_models_frequencies(sampler, model, tokenizer):
