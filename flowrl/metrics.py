@@ -182,10 +182,3 @@ def distances(policy: Sequence[float], target: Sequence[float]) -> dict[str, flo
 def _kl(p: np.ndarray, q: np.ndarray, tiny: float) -> float:
     held = p > 0
     return float((p[held] * (np.log(p[held]) - np.log(np.maximum(q[held], tiny)))).sum())
-
-
-def exact_target(reference: Sequence[float], rewards: Sequence[float], beta: float) -> list[float]:
-    """pi_ref exp(beta r) / Z over the outcomes. Source: arXiv:2509.15207, section 3."""
-    log_weight = np.log(np.asarray(reference, dtype=np.float64)) + beta * np.asarray(rewards)
-    weight = np.exp(log_weight - log_weight.max())
-    return (weight / weight.sum()).tolist()

@@ -40,7 +40,7 @@ class ReplicaSampler:
         if self._sampler is not None:
             try:
                 self._sampler.load_weights(stream, policy_version)
-            except ValueError as error:
+            except (ValueError, RuntimeError) as error:
                 failed.append(error)
         for _ in stream:
             pass

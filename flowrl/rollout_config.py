@@ -168,6 +168,12 @@ class RolloutConfig:
             "rollout.correction=none; set rollout.correction=tis",
         )
 
+    def by_transformers(self) -> RolloutConfig:
+        """The same distribution without an engine to start: what `flowrl eval` samples with."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        unused = ("replay_dir", "max_staleness", *VLLM_ONLY)
+        return dataclasses.replace(self, engine="hf", **{name: defaults[name] for name in unused})
+
     @property
     def correction_bounds(self) -> tuple[float, float]:
         """Low and high of the correction; a low of 0 bounds nothing."""

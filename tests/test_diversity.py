@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from flowrl import diversity
-from flowrl.metrics import distances, exact_target
+from flowrl.metrics import distances
+from flowrl.objectives.base import FixedPoint
+from flowrl.targets import Table
+from flowrl.targets import target as fixed_point
 
 
 def test_modes_gather_the_answers_that_share_a_solution():
@@ -45,7 +48,9 @@ def test_implied_log_z_is_log_z_minus_the_kl():
     """The tabular oracle: at pi_ref the best log Z is 0.7, at the target it is log Z itself."""
     reference, rewards = [0.4, 0.3, 0.2, 0.1], [0.0, 1.0, 1.0, 2.0]
     assert diversity.implied_log_z(reference, reference, rewards, 1.0) == pytest.approx(0.7)
-    target = exact_target(reference, rewards, 1.0)
+    found = fixed_point(FixedPoint(1.0), Table(reference, rewards, [1] * 4))
+    assert found is not None
+    target = found.probabilities.tolist()
     log_z = diversity.implied_log_z(target, reference, rewards, 1.0)
     assert log_z == pytest.approx(0.9155090, abs=1e-7)
     policy = [0.1, 0.2, 0.3, 0.4]
@@ -130,7 +135,7 @@ def test_bootstrap_covers_the_mean_as_often_as_it_says():
     random = np.random.default_rng(0)
     held = 0
     for trial in range(200):
-        found = diversity.bootstrap(random.normal(size=(1, 50)), resamples=300, seed=trial)
+        found = diversity.bootstrap(random.normal(size=(1, 50)).tolist(), resamples=300, seed=trial)
         held += found.low <= 0.0 <= found.high
     assert 0.88 <= held / 200 <= 0.99
 

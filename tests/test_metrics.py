@@ -7,7 +7,6 @@ import torch
 
 from flowrl.metrics import (
     distances,
-    exact_target,
     length_metrics,
     mismatch_metrics,
     mismatch_rows,
@@ -82,9 +81,3 @@ def test_distances_by_hand():
     apart = distances([1.0, 0.0], [0.0, 1.0])
     assert apart["l1"] == pytest.approx(2.0)
     assert apart["jsd"] == pytest.approx(math.log(2))
-
-
-def test_exact_target_is_the_tabular_oracle():
-    """A case with a known answer: pi_ref = [.4,.3,.2,.1], r = [0,1,1,2], beta = 1."""
-    target = exact_target([0.4, 0.3, 0.2, 0.1], [0, 1, 1, 2], 1.0)
-    assert target == pytest.approx([0.1601251, 0.3264489, 0.2176326, 0.2957934], abs=1e-7)

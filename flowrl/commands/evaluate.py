@@ -60,7 +60,7 @@ def _config(recorded: Config, model: str, options: EvalConfig) -> Config:
             top_p=options.top_p,
             num_prompts=options.num_prompts or recorded.eval.num_prompts,
         ),
-        rollout=dataclasses.replace(recorded.rollout, engine="hf", replay_dir=""),
+        rollout=recorded.rollout.by_transformers(),
         model=dataclasses.replace(recorded.model, path=model or recorded.model.path),
         parallel=recorded.parallel.fitting(parallel.num_processes()),
     )

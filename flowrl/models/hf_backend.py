@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from flowrl.config import Config
 from flowrl.models import LossOutput, Microbatch, TokenScores, UpdateInfo
 from flowrl.models import packed_attention as attention
+from flowrl.models.head_objective import chunk_objective
 from flowrl.models.hf_files import export_hf, fingerprint
 from flowrl.models.hf_forward import check_forward, load_model, packed_hidden, probe
-from flowrl.models.log_z import LogZHead
+from flowrl.models.log_z import LogZHead, dropout_keys
 from flowrl.models.natural_gradient import natural_gradient
 from flowrl.models.value_head import ValueHead
 from flowrl.objectives.base import Objective, TrustRegion
@@ -105,7 +106,8 @@ class HFBackend:
             hidden = self._hidden(self.model, packed)
             inputs = {}
             if self.log_z_head is not None:
-                keys = self._dropout_keys(microbatch)
+                prompts = microbatch.loss.group_ids.to(self.parallel.device)
+                keys = dropout_keys(self.config.seed, self._num_updates, prompts)
                 inputs["log_z"] = self.log_z_head(hidden, packed, keys)
             rows = hidden[packed.hidden_rows]
             values = {} if self.value_head is None else {"values": self.value_head(rows)}
@@ -114,7 +116,7 @@ class HFBackend:
                 self._head_weight(self.model),
                 packed.targets,
                 packed.cu_seqlens,
-                self._chunk_objective(microbatch, objective),
+                chunk_objective(microbatch.loss.to(self.parallel.device), objective),
                 sequence_inputs=inputs,
                 token_inputs=values,
                 entropy=entropy_mode,
@@ -130,22 +132,6 @@ class HFBackend:
                 name: torch.cat([o.metrics[name] for o in outputs]) for name in outputs[0].metrics
             },
         )
-
-    def _chunk_objective(
-        self, microbatch: Microbatch, objective: Objective
-    ) -> Callable[[Tensor, Tensor | None, Any], tuple[Tensor, dict[str, Tensor]]]:
-        batch = microbatch.loss.to(self.parallel.device)
-
-        def evaluate(
-            logprobs: Tensor, entropy: Tensor | None, rows: Any
-        ) -> tuple[Tensor, dict[str, Tensor]]:
-            part = batch
-            if (rows.sequences.start, rows.sequences.stop) != (0, batch.num_sequences):
-                part = batch.select(torch.arange(batch.num_sequences)[rows.sequences])
-            given = {"logprobs": logprobs, "entropy": entropy, "log_z": None, "values": None}
-            return objective.loss(part.replace(**{**given, **rows.inputs}))
-
-        return evaluate
 
     def _hidden(self, model: Any, batch: PackedBatch) -> Tensor:
         """Hidden states after the final norm, (T_model, D)."""
@@ -276,11 +262,6 @@ class HFBackend:
     def _build_value_head(self) -> ValueHead:
         size = self.model.config.get_text_config().hidden_size
         return ValueHead(size, self.config.value_head).to(self.parallel.device)
-
-    def _dropout_keys(self, microbatch: Microbatch) -> Tensor:
-        """The head's dropout is a function of (seed, update, prompt): nothing to save."""
-        start = hash((self.config.seed, self._num_updates)) & 0x7FFF_FFFF_FFFF_FFFF
-        return microbatch.loss.group_ids.to(self.parallel.device) + start
 
     @property
     def reference(self) -> Any:

@@ -58,6 +58,13 @@ class LogZHead(nn.Module):
         return sums / lengths.unsqueeze(1)
 
 
+def dropout_keys(seed: int, num_updates: int, group_ids: Tensor) -> Tensor:
+    """(N,) keys of the head's dropout in one update: a function of (seed, update, prompt), so there
+    is no random state to save, and ranks and micro-batches do not matter."""
+    start = hash((seed, num_updates)) & 0x7FFF_FFFF_FFFF_FFFF
+    return group_ids + start
+
+
 def _dropout_mask(keys: Tensor, layer: int, width: int, rate: float) -> Tensor:
     """(N, width): 0 with probability `rate`, else 1 / (1 - rate). The finaliser of splitmix64 over
     (key, layer, column), with wrapping int64 arithmetic."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,16 @@ from torch import Tensor
 from flowrl.config import Config
 from flowrl.models import LossOutput, Microbatch, TokenScores, UpdateInfo
 from flowrl.models import megatron_checkpoint as checkpoint
+from flowrl.models.head_objective import chunk_objective
 from flowrl.models.hf_files import export_hf, fingerprint
+from flowrl.models.log_z import dropout_keys
 from flowrl.models.megatron_cpu_shim import on_cpu
 from flowrl.models.megatron_optimizer import PolicyOptimizer
 from flowrl.models.megatron_policy import SplitPolicy
 from flowrl.models.megatron_schedule import FP8_ROWS, Job, run
 from flowrl.objectives.base import Objective, TrustRegion
 from flowrl.parallel import Parallel
-from flowrl.records import LossBatch, PackedBatch
+from flowrl.records import PackedBatch
 from flowrl.schema import ConfigError
 
 COUNTERS = "backend.json"
@@ -106,7 +108,7 @@ class MegatronBackend:
     def _loss_job(self, microbatch: Microbatch, objective: Objective, entropy: str) -> Job:
         packed = microbatch.packed.to(self.parallel.device)
         batch = microbatch.loss.to(self.parallel.device)
-        keys = self._dropout_keys(batch)
+        keys = dropout_keys(self.config.seed, self.optimizer.num_updates, batch.group_ids)
 
         def use(hidden: Tensor, weight: Tensor, heads: Mapping[str, Any]) -> Any:
             rows = hidden[packed.hidden_rows]
@@ -120,7 +122,7 @@ class MegatronBackend:
                 weight,
                 packed.targets,
                 packed.cu_seqlens,
-                _chunk_objective(batch, objective),
+                chunk_objective(batch, objective),
                 sequence_inputs=inputs,
                 token_inputs=values,
                 entropy=entropy,  # type: ignore
@@ -152,11 +154,6 @@ class MegatronBackend:
             "max_logits_bytes": kernels.max_logits_mb << 20 or None,
             "backend": None if kernels.backend == "auto" else kernels.backend,
         }
-
-    def _dropout_keys(self, batch: LossBatch) -> Tensor:
-        """As in the Hugging Face backend: a function of (seed, update, prompt)."""
-        start = hash((self.config.seed, self.optimizer.num_updates)) & 0x7FFF_FFFF_FFFF_FFFF
-        return batch.group_ids + start
 
     # --- update
 
@@ -251,14 +248,3 @@ class MegatronBackend:
     def _contents(self) -> checkpoint.Contents:
         reference = self.policy.reference_by_param() if self.reference_version else {}
         return checkpoint.Contents(self.policy.chunks, self.optimizer, reference)
-
-
-def _chunk_objective(batch: LossBatch, objective: Objective) -> Callable[..., Any]:
-    def evaluate(logprobs: Tensor, entropy: Tensor | None, rows: Any) -> Any:
-        part = batch
-        if (rows.sequences.start, rows.sequences.stop) != (0, batch.num_sequences):
-            part = batch.select(torch.arange(batch.num_sequences)[rows.sequences])
-        given = {"logprobs": logprobs, "entropy": entropy, "log_z": None, "values": None}
-        return objective.loss(part.replace(**{**given, **rows.inputs}))
-
-    return evaluate

@@ -22,8 +22,10 @@ Aggregation = Literal[
     "token-sum",
 ]
 
+MAX_TOKENS = 3000  # the longest answer in Dr. GRPO's runs, arXiv:2503.20783
 
-def token_weights(mode: Aggregation, batch: LossBatch, max_tokens: int | None = None) -> Tensor:
+
+def token_weights(mode: Aggregation, batch: LossBatch, max_tokens: int = MAX_TOKENS) -> Tensor:
     """(T,) float64 W, 0 on masked tokens.
 
     token-mean               1 / tokens
@@ -41,8 +43,6 @@ def token_weights(mode: Aggregation, batch: LossBatch, max_tokens: int | None = 
     if mode == "seq-mean-token-mean":
         return mask / (totals.sequences * per_token(response_lengths(batch).clamp(min=1), batch))
     if mode == "seq-mean-token-sum-norm":
-        if max_tokens is None:
-            raise ValueError(f"aggregation {mode} needs max_tokens, got None; set max_tokens=3000")
         return mask / (totals.sequences * max_tokens)
     if mode == "token-sum":
         return mask
@@ -50,7 +50,7 @@ def token_weights(mode: Aggregation, batch: LossBatch, max_tokens: int | None = 
 
 
 def aggregate(
-    token_losses: Tensor, mode: Aggregation, batch: LossBatch, max_tokens: int | None = None
+    token_losses: Tensor, mode: Aggregation, batch: LossBatch, max_tokens: int = MAX_TOKENS
 ) -> Tensor:
     """Scalar sum_t W_t * rollout_weights_t * token_losses_t. The losses come from `unmasked`
     inputs: a NaN at a masked token would pass through a weight of 0."""

@@ -26,7 +26,7 @@ class Critic:
     gamma: float = 1.0  # discount of rewards, per token
     lam: float = 1.0  # GAE: 1 is the return less the value, 0 one step of bootstrap
     value_coef: float = 0.5
-    value_clip: float | None = 0.5  # a value gains nothing by moving further in one step
+    value_clip: float = 0.5  # 0: none; a value gains nothing by moving further in one step
 
     def __post_init__(self) -> None:
         for name in ("gamma", "lam"):
@@ -41,8 +41,8 @@ class Critic:
             "set objective.value_coef=0.5",
         )
         require(
-            self.value_clip is None or self.value_clip > 0,
-            f"objective.value_clip must be > 0, got {self.value_clip}; "
+            self.value_clip >= 0,
+            f"objective.value_clip must be >= 0, got {self.value_clip}; "
             "set objective.value_clip=0.5",
         )
 
@@ -63,7 +63,7 @@ class Critic:
         values = unmasked(given(batch.values, "values"), batch)
         returns = unmasked(given(batch.returns, "returns"), batch)
         losses = (values - returns).square()
-        if self.value_clip is not None:
+        if self.value_clip:
             old = unmasked(given(batch.old_values, "old_values"), batch)
             clipped = old + (values - old).clamp(-self.value_clip, self.value_clip)
             losses = torch.maximum(losses, (clipped - returns).square())

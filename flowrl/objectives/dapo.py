@@ -24,6 +24,5 @@ class DAPO(Surrogate):
     class Options(SurrogateOptions):
         clip_eps_high: float = 0.28
         """Ratios above 1 + eps give no gradient where the advantage is positive."""
-        dual_clip: float | None = 10.0
-        """Ratios above this give no gradient where the advantage is negative; unset: no such
-        bound."""
+        dual_clip: float = 10.0
+        """Ratios above this give no gradient where the advantage is negative; 0: no such bound."""

@@ -23,6 +23,3 @@ class DrGRPO(Surrogate):
         aggregation: Aggregation = "seq-mean-token-sum-norm"
         """How tokens are weighted: seq-mean-token-sum-norm (the paper), token-mean,
         seq-mean-token-mean, seq-mean-token-sum or token-sum."""
-        max_tokens: int | None = 3000
-        """The constant that seq-mean-token-sum-norm divides by; the paper's runs: the longest
-        answer allowed, 3000 tokens. Scales the loss only."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flowrl.objectives.advantages import ADVANTAGES, Advantage, whiten
 from flowrl.objectives.aggregation import (
+    MAX_TOKENS,
     Aggregation,
     aggregate,
     per_token,
@@ -40,30 +41,21 @@ class AggregationOptions(KLOptions):
     """How tokens are weighted: token-mean, seq-mean-token-mean, seq-mean-token-sum,
     seq-mean-token-sum-norm or token-sum."""
     max_tokens: int | None = None
-    """The constant that seq-mean-token-sum-norm divides by, such as rollout.max_new_tokens."""
+    """The constant that seq-mean-token-sum-norm divides by, such as rollout.max_new_tokens; scales
+    the loss only. Unset: 3000, the longest answer in Dr. GRPO's runs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_max_tokens(self.aggregation, self.max_tokens)
-
-
-def check_max_tokens(aggregation: str, max_tokens: int | None) -> None:
-    """Raises ConfigError unless there is a constant exactly where the aggregation has one."""
-    wanted = aggregation == "seq-mean-token-sum-norm"
-    require(
-        max_tokens is None or max_tokens > 0,
-        f"objective.max_tokens must be > 0, got {max_tokens}; set objective.max_tokens=3000",
-    )
-    require(
-        not wanted or max_tokens is not None,
-        "objective.aggregation=seq-mean-token-sum-norm divides by objective.max_tokens, got None; "
-        "set objective.max_tokens to rollout.max_new_tokens",
-    )
-    require(
-        wanted or max_tokens is None,
-        f"objective.max_tokens has no effect with aggregation={aggregation}, got {max_tokens}; "
-        "set objective.aggregation=seq-mean-token-sum-norm or leave it out",
-    )
+        size = self.max_tokens
+        require(
+            size is None or size > 0,
+            f"objective.max_tokens must be > 0, got {size}; set objective.max_tokens=3000",
+        )
+        require(
+            size is None or self.aggregation == "seq-mean-token-sum-norm",
+            f"objective.max_tokens has no effect with aggregation={self.aggregation}, got {size}; "
+            "set objective.aggregation=seq-mean-token-sum-norm or leave it out",
+        )
 
 
 class PolicyGradient(Objective):
@@ -72,7 +64,7 @@ class PolicyGradient(Objective):
     advantage: Advantage = "zscore"
     whitened: bool = False  # advantages as one number per token, whitened over all ranks
     aggregation: Aggregation = "seq-mean-token-mean"
-    max_tokens: int | None = None  # of the aggregation seq-mean-token-sum-norm
+    max_tokens: int = MAX_TOKENS  # of the aggregation seq-mean-token-sum-norm
     uses_ratio: bool = True
     critic: Critic | None = None  # estimates advantages in place of the group
 
@@ -81,7 +73,7 @@ class PolicyGradient(Objective):
         self.settings: Any = self.resolve_options(options)
         if isinstance(self.settings, AggregationOptions):
             self.aggregation = self.settings.aggregation
-            self.max_tokens = self.settings.max_tokens
+            self.max_tokens = self.settings.max_tokens or MAX_TOKENS
 
     def resolve_options(self, options: Any) -> Any:
         """The settings, at least KLOptions, that the member's own Options stand for."""

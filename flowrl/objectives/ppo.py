@@ -35,9 +35,8 @@ class PPO(Surrogate):
 
     @dataclass(frozen=True)
     class Options(SurrogateOptions):
-        dual_clip: float | None = 3.0
-        """Ratios above this give no gradient where the advantage is negative; unset: no such
-        bound."""
+        dual_clip: float = 3.0
+        """Ratios above this give no gradient where the advantage is negative; 0: no such bound."""
         kl_coef: float = 0.001
         """Coefficient of the KL penalty towards pi_ref; the first one where it adapts; 0: none."""
         kl_estimator: Estimator = "k1"
@@ -57,9 +56,8 @@ class PPO(Surrogate):
         """GAE's mix: 1 is the return less the value, 0 one step of bootstrap."""
         value_coef: float = 0.5
         """Weight of the critic's loss beside the policy's."""
-        value_clip: float | None = 0.5
-        """A value that moved further than this from its old one gains nothing by it; unset: no
-        clip."""
+        value_clip: float = 0.5
+        """A value that moved further than this from its old one gains nothing by it; 0: no clip."""
 
         def __post_init__(self) -> None:
             super().__post_init__()

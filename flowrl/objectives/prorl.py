@@ -64,8 +64,8 @@ class ProRL(Surrogate):
         """Ratios above 1 + eps give no gradient where the advantage is positive. Unset: 0.4 in v1,
         0.27 in v2."""
         dual_clip: float | None = None
-        """Ratios above this give no gradient where the advantage is negative. Unset: 10 in v1, no
-        such bound in v2."""
+        """Ratios above this give no gradient where the advantage is negative; 0: no such bound.
+        Unset: 10 in v1, 0 in v2."""
         kl_coef: float | None = None
         """Coefficient of the KL penalty towards pi_ref. Unset: 1e-4; 0: none."""
         kl_estimator: Estimator | None = None
@@ -77,7 +77,7 @@ class ProRL(Surrogate):
         aggregation: Aggregation | None = None
         """How tokens are weighted. Unset: token-mean."""
         max_tokens: int | None = None
-        """The constant that aggregation=seq-mean-token-sum-norm divides by."""
+        """The constant that aggregation=seq-mean-token-sum-norm divides by. Unset: 3000."""
 
     def __init__(self, options: Any, backend: str | None = None) -> None:
         super().__init__(options, backend)

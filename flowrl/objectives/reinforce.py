@@ -24,6 +24,15 @@ class LogProbGradient(PolicyGradient):
     aggregation = "seq-mean-token-sum"
     uses_ratio = False
 
+    @property
+    def beta(self) -> float | None:
+        """1 / kl_coef with k1 in the reward. A group's mean takes 1 / G of the reward with it, and
+        of the KL only if that stands in the reward as a whole."""
+        exact = self.settings.kl_placement == "reward_sequence" or self.advantage != "mean"
+        if not (self.settings.kl_in_reward and self.settings.kl_estimator == "k1" and exact):
+            return None
+        return 1 / self.settings.kl_coef
+
     def policy_loss(self, batch: LossBatch) -> tuple[Tensor, Metrics]:
         logprobs = unmasked(given(batch.logprobs, "logprobs"), batch)
         return self.aggregate(-token_advantages(batch) * logprobs, batch), {}

@@ -36,4 +36,4 @@ class RLOOKL(RLOO):
 
     @property
     def beta(self) -> float | None:
-        return self.options.beta
+        return self.options.beta  # not by way of 1 / kl_coef, which may round

@@ -33,15 +33,16 @@ class SurrogateOptions(AggregationOptions):
     """Ratios below 1 - eps give no gradient where the advantage is negative."""
     clip_eps_high: float = 0.2
     """Ratios above 1 + eps give no gradient where the advantage is positive."""
-    dual_clip: float | None = None
-    """Ratios above this give no gradient where the advantage is negative; unset: no such bound."""
+    dual_clip: float = 0.0
+    """Ratios above this give no gradient where the advantage is negative; 0: no such bound."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_clip(self.clip_eps_low, self.clip_eps_high)
         require(
-            self.dual_clip is None or self.dual_clip > 1,
-            f"objective.dual_clip must be > 1, got {self.dual_clip}; set objective.dual_clip=3",
+            self.dual_clip == 0 or self.dual_clip > 1,
+            f"objective.dual_clip must be > 1 or 0 (none), got {self.dual_clip}; "
+            "set objective.dual_clip=3",
         )
 
 
@@ -58,13 +59,13 @@ def check_clip(low: float, high: float) -> None:
 
 
 def clipped_surrogate(
-    ratio: Tensor, advantages: Tensor, low: float, high: float, dual: float | None = None
+    ratio: Tensor, advantages: Tensor, low: float, high: float, dual: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """The losses for ratios clipped to [low, high], with `dual` as the cap where A < 0, and whether
-    each is held constant by a clip; of any shape."""
+    """The losses for ratios clipped to [low, high], with `dual`, if any, as the cap where A < 0,
+    and whether each is held constant by a clip; of any shape."""
     plain, bounded = -advantages * ratio, -advantages * ratio.clamp(low, high)
     losses, clipped = torch.maximum(plain, bounded), bounded > plain
-    if dual is not None:
+    if dual:
         capped = -advantages * dual
         over = (advantages < 0) & (losses > capped)
         losses, clipped = torch.where(over, capped, losses), clipped | over

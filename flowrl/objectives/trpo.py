@@ -74,8 +74,8 @@ class TRPO(PolicyGradient):
         value_coef: float | None = None
         """Weight of the critic's loss beside the policy's; with a critic. Unset: 0.5."""
         value_clip: float | None = None
-        """A value that moved further than this from its old one gains nothing by it; with a critic.
-        Unset: 0.5."""
+        """A value that moved further than this from its old one gains nothing by it, 0: no clip;
+        with a critic. Unset: 0.5."""
 
         def __post_init__(self) -> None:
             super().__post_init__()

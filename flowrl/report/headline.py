@@ -86,6 +86,36 @@ MEASURES = (
         "distance",
     ),
     Measure(
+        r"diversity/l1_to_fixed_point",
+        "L1 to fixed point",
+        "The same to where the objective's own training ends, which differs from the target where "
+        "the loss divides by the length or z-scores the reward.",
+        "down",
+        "distance",
+    ),
+    Measure(
+        r"diversity/effective_modes",
+        "effective modes",
+        "exp of the entropy over the right answers, given a right one; from the table.",
+        "up",
+        "count",
+    ),
+    Measure(
+        r"diversity/expected_coverage",
+        "expected coverage",
+        "Share of all right answers that 64 samples would hit at least once; from the table.",
+        "up",
+        "share",
+    ),
+    Measure(
+        r"diversity/judge_score",
+        "judge score",
+        "The paper's diversity rubric, 1 to 5, computed: the largest class of equal answers among "
+        "16 samples.",
+        "up",
+        "count",
+    ),
+    Measure(
         r"diversity/success_exact",
         "exact success",
         "Probability that the policy gives to right answers, summed over the table, not sampled.",

@@ -33,8 +33,8 @@ FAMILIES = {  # family -> name, colour, marker
 }
 CONTROLS = {  # kind -> name, colour, line style
     "target": ("exact target", INK, (0, (5, 2))),
-    "length-normalised target": ("length-normalised target", MUTED, (0, (1, 1.5))),
-    "rejection": ("rejection sampling", SERIES[3], "-"),
+    "length-normalised target": ("length-normalised", MUTED, (0, (1, 1.5))),
+    "rejection": ("rejection", SERIES[3], "-"),
     "temperature": ("temperature", SERIES[5], (0, (3, 1, 1, 1))),
 }
 LABEL_SIZE = 8.8
@@ -75,7 +75,7 @@ def kl_frontier(name: str, points: Sequence[Row], controls: Sequence[Row]) -> Pl
     if drawn is None:
         return None
     return finish(
-        drawn[0], f"{name}-kl", "Reward against distance to the target",
+        drawn[0], f"{name}-kl", "Reward against distance",
         "KL(policy || target), on a logarithmic axis; lower is closer. The target is the arm's own "
         "nominal one where it has one, else that of the table's heading; rejection sampling is "
         "measured against the latter.",
@@ -112,7 +112,10 @@ def _frontier(
     axis.set_ylabel(labels[1])
     axis.grid(axis="x", visible=True)
     axis.margins(x=0.08)
-    put_legend(axis, columns=2)
+    axis.legend(
+        loc="lower left", bbox_to_anchor=(-0.16, 1.0), ncols=3, fontsize=9, borderaxespad=0.1,
+        columnspacing=0.9, handletextpad=0.4,
+    )  # fmt: skip
     own = [p for p in held if not p["point"]]
     _write_labels(axis, [(*_at(p, measures), p["arm"]) for p in own])
     told = "; ".join(

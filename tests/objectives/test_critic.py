@@ -117,7 +117,7 @@ def test_value_loss_by_hand():
     assert_close(values.grad, 0.25 / 3 * 2 * double([0.4, -1.1, -2.2]))
 
 
-@pytest.mark.parametrize(("clip", "loss", "gradient"), [(0.5, 0.25, 0.0), (None, 0.04, -0.2)])
+@pytest.mark.parametrize(("clip", "loss", "gradient"), [(0.5, 0.25, 0.0), (0.0, 0.04, -0.2)])
 def test_value_clip_stops_what_has_moved_far_enough(clip, loss, gradient):
     """From 0 to 0.8 towards a return of 1: with clip 0.5 the clipped error (0.5 - 1)^2 is larger
     than (0.8 - 1)^2 and has no gradient."""

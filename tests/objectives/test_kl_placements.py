@@ -11,9 +11,13 @@ import itertools
 import pytest
 import torch
 from loss_batches import assert_close
+from tabular_tree import TabularPolicy
 
+from flowrl.metrics import distances
 from flowrl.objectives import build, count_totals
+from flowrl.objectives.base import FixedPoint
 from flowrl.records import LossBatch, to_cu_seqlens
+from flowrl.targets import target
 
 ANSWERS = list(itertools.product(range(3), range(3)))
 TAU = 0.7
@@ -111,3 +115,22 @@ def test_the_weighted_k3_is_the_kl_of_each_token():
     options = {"kl_placement": "loss", "kl_estimator": "k3", "kl_ratio_weight": True}
     found = expected_gradient(**NONE, **options)
     assert_close(found, exact(0.0) + TAU * token_local(forward=False))
+
+
+@pytest.mark.parametrize(
+    ("options", "low", "high"),
+    [
+        ({}, 0.0, 0.02),
+        ({"kl_placement": "reward_token"}, 0.0, 0.1),
+        ({"kl_placement": "loss", "kl_estimator": "k2"}, 0.3, 0.5),
+        ({"kl_placement": "loss", "kl_estimator": "k3"}, 0.15, 0.4),
+        ({"kl_placement": "loss", "kl_estimator": "k1"}, 1.5, 2.0),
+    ],
+)
+def test_distance_to_the_target_on_the_toy_tree(options, low, high):
+    """RLOO with coefficient 1 / 3: the placement decides, docs/math.md has the numbers."""
+    policy = TabularPolicy(3).train("rloo", steps=300, kl_coef=1 / 3, **options)
+    found = target(FixedPoint(3.0), policy.table)
+    assert found is not None
+    l1 = distances(policy.probabilities().tolist(), found.probabilities.tolist())["l1"]
+    assert low <= l1 < high

@@ -31,7 +31,7 @@ VARIANTS = [
     ("reinforce", {"advantage": "none", "kl_coef": 0.5, "kl_placement": "reward_token"}),
     ("prorl", {"preset": "v2"}),
     ("ppo", {"gamma": 0.9, "lam": 0.8, "kl_controller": "adaptive"}),
-    ("ppo", {"kl_placement": "loss", "kl_estimator": "k3", "value_clip": None}),
+    ("ppo", {"kl_placement": "loss", "kl_estimator": "k3", "value_clip": 0.0}),
     ("trpo", {"critic": True, "lam": 0.9}),
     ("trpo", {"method": "line_search"}),
 ]

@@ -5,6 +5,8 @@ pi_ref success 0.057, beta 3: the target's is 0.547. 341 answers of 1 to 4 token
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tabular_tree import LENGTHS, OUTCOMES, TabularPolicy
@@ -16,7 +18,7 @@ from flowrl.objectives.base import FixedPoint
 from flowrl.targets import target
 
 BETA = 3.0
-MATCHERS = {  # name -> options
+MATCHERS: dict[str, Any] = {  # name -> options
     "tb": {"beta": BETA},
     "vargrad": {"beta": BETA},
     "rloo_kl": {"beta": BETA},
@@ -24,10 +26,21 @@ MATCHERS = {  # name -> options
     "ftb": {"beta": BETA},
     "subtb": {"beta": BETA},
 }
-MAXIMISERS = {"grpo": {"kl_coef": 0.0}, "rloo": {}}
+MAXIMISERS = {
+    "grpo": {"kl_coef": 0.0},
+    "rloo": {},
+    "reinforce": {},
+    "dr_grpo": {"max_tokens": 4},
+    "dapo": {},
+    "gspo": {},
+    "gmpo": {},
+    "cispo": {},
+    "gvpo": {},
+}
 
 
-def distance_to(point: FixedPoint, policy: TabularPolicy) -> dict[str, float]:
+def distance_to(point: FixedPoint | None, policy: TabularPolicy) -> dict[str, float]:
+    assert point is not None
     found = target(point, policy.table)
     assert found is not None
     return distances(policy.probabilities().tolist(), found.probabilities.tolist())
@@ -83,6 +96,18 @@ def test_without_length_normalisation_flowrl_matches_too():
     options = {"beta": BETA, "reward": "raw", "length_norm": False, "bound": "none"}
     policy = TabularPolicy(2).train("flowrl", steps=500, **options)
     assert distance_to(FixedPoint(BETA), policy)["l1"] < 0.02
+
+
+@pytest.mark.parametrize("length_norm", [False, True])
+def test_zscored_flowrl_ends_at_its_self_consistent_point(length_norm):
+    """The reward gap depends on the policy's own success; the fixed point solves for both."""
+    options = {"beta": 1.0, "reward": "zscore", "length_norm": length_norm}
+    policy = TabularPolicy(4).train("flowrl", steps=800, **options)
+    declared = objectives.build("flowrl", options).fixed_point
+    assert declared == FixedPoint(1.0, length_norm, "zscore")
+    assert distance_to(declared, policy)["l1"] < 0.1
+    raw = FixedPoint(1.0, length_norm)
+    assert distance_to(raw, policy)["l1"] > 0.2
 
 
 @pytest.mark.parametrize("name", sorted(MAXIMISERS))

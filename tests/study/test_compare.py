@@ -100,7 +100,7 @@ def test_what_is_done_is_skipped_and_what_was_cut_short_is_resumed(results, stud
     folder = study.parent / "smoke" / "toy_tree"
     kept = folder / "grpo" / "seed_0" / "metrics.jsonl"
     before = kept.read_bytes(), kept.stat().st_mtime_ns
-    cut = folder / "vargrad" / "seed_1"
+    cut = folder / "vargrad" / "seed_1"  # killed after its only checkpoint was lost
     whole = (cut / "metrics.jsonl").read_bytes()
     shutil.rmtree(cut / "checkpoints")
     (cut / "report.html").unlink()
@@ -115,7 +115,7 @@ def test_what_is_done_is_skipped_and_what_was_cut_short_is_resumed(results, stud
 
 def test_other_settings_in_a_directory_are_refused(results, study, capsys, tmp_path):
     changed = tmp_path / "smoke.toml"
-    changed.write_text(study.read_text().replace("steps = 4", "steps = 5"))
+    changed.write_text(study.read_text().replace("\nsteps = 4", "\nsteps = 5"))
     with pytest.raises(SystemExit) as stopped:
         main(["compare", str(changed), "--out", str(study.parent)])
     assert stopped.value.code == 2

@@ -1,0 +1,113 @@
+"""One small model and one running engine for all tests with vLLM; without it they are skipped.
+
+make test-vllm
+"""
+
+import importlib.util
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+
+from flowrl.records import Prompt, SampleRequest
+from flowrl.rollout.engine_protocol import EngineSettings
+from flowrl.rollout.vllm_sampler import SyncOptions, VLLMSampler
+
+WORDS = ["<pad>", "<eos>", "<unk>", *"0123456789+-= "]
+EOS = 1
+START_LIMIT_S = 240.0
+
+
+def pytest_collection_modifyitems(items):
+    if importlib.util.find_spec("vllm") is None:
+        skip = pytest.mark.skip(reason="vllm is not installed: make test-vllm")
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")  # type: ignore
+    inner.decoder = decoders.Fuse()  # type: ignore
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory, tokenizer):
+    """A Qwen3 of two layers whose distributions are far from uniform."""
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(1)
+    config = Qwen3Config(
+        vocab_size=len(WORDS), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=256,
+        tie_word_embeddings=False, eos_token_id=EOS, pad_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if param.ndim == 2 and "embed" not in name:
+                param.mul_(6.0)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def load_model(path):
+    """The trainer's side: the same weights in transformers."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).requires_grad_(False)
+
+
+def settings_for(model_dir, log_path):
+    return EngineSettings(
+        model_dir=str(model_dir), log_path=str(log_path), max_model_len=160, max_sequences=128
+    )
+
+
+def sampler_for(model_dir, tokenizer, start, restarts=0):
+    options = SyncOptions(
+        generate_timeout_s=60.0,
+        sync_timeout_s=60.0,
+        bucket_bytes=1 << 15,  # several buckets
+        checked_tensors=64,
+        restarts=restarts,
+    )
+    return VLLMSampler(model_dir, tokenizer, torch.float32, start, options)
+
+
+def make_request(tokenizer, count=6, **changes):
+    texts = [f"{i}+{i + 2}=" for i in range(count)]
+    prompts = [Prompt(i, t, tuple(tokenizer(t)["input_ids"])) for i, t in enumerate(texts)]
+    settings = {
+        "group_size": 8, "max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0, "seed": 0,
+        "step": 1,
+    }  # fmt: skip
+    return SampleRequest(prompts=prompts, **{**settings, **changes})
+
+
+def trainer_logprobs(model, rollout, temperature):
+    """Of the response's tokens, by transformers in one pass (n,) float64."""
+    prompt = rollout.prompt.token_ids
+    ids = torch.tensor([[*prompt, *rollout.response_ids]])
+    logprobs = (model(ids).logits[0].double() / temperature).log_softmax(-1)
+    chosen = ids[0, len(prompt) :]
+    return logprobs[len(prompt) - 1 : -1].gather(1, chosen[:, None])[:, 0]
+
+
+def logp_abs_diff(model, rollouts, temperature):
+    differences = [
+        trainer_logprobs(model, r, temperature) - torch.tensor(r.rollout_logprobs).double()
+        for r in rollouts
+    ]
+    return float(torch.cat(differences).abs().mean())
+
+
+def kill(pid):
+    os.kill(pid, signal.SIGKILL)
