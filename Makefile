@@ -61,7 +61,7 @@ $(VENV_VLLM)/.installed: constraints-vllm.txt
 	  > "$$($(BIN_VLLM)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/flowrl_checkout.pth"
 	@touch $@
 
-# Every layout of every family on two and four processes; about 6 minutes on two cores.
+# Every layout of every family on two and four processes, other layouts on resume, two agents.
 test-all: test
 	$(BIN)/python -m pytest -m matrix
 

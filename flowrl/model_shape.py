@@ -9,6 +9,7 @@ Families: Qwen2 and Qwen2.5 (bias on q, k, v), Qwen3 (norms on q and k), Llama.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -190,17 +191,14 @@ def _rotary(given: Mapping[str, Any], where: str) -> tuple[float, float | None]:
 
 def check_split(shape: ModelShape, parallel: ParallelConfig) -> None:
     """Raises ConfigError where the model does not divide over the ranks of [parallel]."""
-    for name, size in (
-        ("attention heads", shape.num_heads),
-        ("key-value heads", shape.num_kv_heads),
-        ("MLP columns", shape.intermediate_size),
-    ):
-        best = max(d for d in range(1, parallel.tensor + 1) if size % d == 0)
-        require(
-            size % parallel.tensor == 0,
-            f"parallel.tensor must divide the model's {size} {name}, got {parallel.tensor}; set "
-            f"parallel.tensor={best}",
-        )
+    common = math.gcd(shape.num_heads, shape.num_kv_heads, shape.intermediate_size)
+    best = max(d for d in range(1, parallel.tensor + 1) if common % d == 0)
+    require(
+        common % parallel.tensor == 0,
+        f"parallel.tensor must divide the model's {shape.num_heads} attention heads, "
+        f"{shape.num_kv_heads} key-value heads and {shape.intermediate_size} MLP columns, got "
+        f"{parallel.tensor}; set parallel.tensor={best}",
+    )
     chunks = parallel.pipeline * parallel.virtual_pipeline
     require(
         shape.num_layers % chunks == 0,

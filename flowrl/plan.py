@@ -51,14 +51,23 @@ class Assumptions:
 class Memory:
     """Bytes on the fullest process, and what the sampler on the same GPU takes."""
 
-    training: dict[str, float]
+    kept: dict[str, float]  # of the trainer, always there
+    passing: dict[str, float]  # of the trainer, while it computes
     sampling: dict[str, float]
-    together: bool  # the sampler keeps its memory while the policy trains
+    sleeps: bool  # the sampler gives its memory back while the policy trains
+
+    @property
+    def while_training(self) -> float:
+        trainer = sum(self.kept.values()) + sum(self.passing.values())
+        return trainer + (0 if self.sleeps else sum(self.sampling.values()))
+
+    @property
+    def while_sampling(self) -> float:
+        return sum(self.kept.values()) + sum(self.sampling.values())
 
     @property
     def peak(self) -> float:
-        training, sampling = sum(self.training.values()), sum(self.sampling.values())
-        return training + sampling if self.together else max(training, sampling)
+        return max(self.while_training, self.while_sampling)
 
 
 @dataclass(frozen=True)
@@ -82,11 +91,8 @@ class Plan:
 def make_plan(config: Config, shape: ModelShape, given: Assumptions) -> Plan:
     parallel = config.parallel
     replicas = max(1, given.num_gpus // parallel.model_size)
-    memory = Memory(
-        training=_training_bytes(config, shape, given, replicas),
-        sampling=_sampling_bytes(config, shape, given),
-        together=not config.rollout.sleep,
-    )
+    kept, passing = _training_bytes(config, shape, given, replicas)
+    memory = Memory(kept, passing, _sampling_bytes(config, shape, given), config.rollout.sleep)
     flops, slow, fast = _step_flops(config, shape, given)
     gpu = GPUS[given.gpu]
     sequences = config.batch.sequences_per_step
@@ -104,7 +110,8 @@ def make_plan(config: Config, shape: ModelShape, given: Assumptions) -> Plan:
         flops=flops,
         step_s=(slow / gpu.bf16_flops + fast / gpu.fp8_flops) / given.num_gpus,
         bubble=waits / (passes * parallel.virtual_pipeline + waits),
-        fits=memory.peak <= gpu.memory_bytes,
+        fits=memory.peak <= gpu.memory_bytes
+        and engine_weights(config, shape) <= sum(memory.sampling.values()),
     )
 
 
@@ -125,9 +132,9 @@ def remedies(config: Config, shape: ModelShape, given: Assumptions) -> Iterator[
         if given.num_gpus % (2 * parallel.model_size) == 0:
             tries.append((f"parallel.{name}={doubled}", {name: doubled}, {}))
     if rollout.engine == "vllm":
-        doubled = 2 * rollout.tensor_parallel_size
-        tries.append((f"rollout.tensor_parallel_size={doubled}", {},
-                      {"tensor_parallel_size": doubled}))  # fmt: skip
+        share = round(0.75 * rollout.gpu_memory_utilization, 2)
+        tries.append((f"rollout.gpu_memory_utilization={share}", {},
+                      {"gpu_memory_utilization": share}))  # fmt: skip
     for text, layout, sampling in tries:
         changed = dataclasses.replace(
             config,
@@ -157,7 +164,8 @@ def _stage_parameters(config: Config, shape: ModelShape) -> list[int]:
 
 def _training_bytes(
     config: Config, shape: ModelShape, given: Assumptions, replicas: int
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[str, float]]:
+    """What stays, and what a pass needs."""
     width = 2 if config.model.dtype == "bfloat16" else 4
     stage = max(range(config.parallel.pipeline), key=_stage_parameters(config, shape).__getitem__)
     count = _stage_parameters(config, shape)[stage]
@@ -172,18 +180,21 @@ def _training_bytes(
     shard = math.ceil(shape.vocab_size / config.parallel.tensor)
     rows = config.batch.tokens_per_microbatch
     head_gradient = 4 * shard * shape.hidden_size
-    return {
+    kept = {
         "weights": weights,
         "gradients (float32)": 4 * count,
         "optimizer, this replica's share": moments,
         "log Z head with its optimizer": head,
         "reference policy": width * count if copies else 0,
+        "reserve for CUDA and NCCL (estimate)": RESERVE_BYTES,
+    }
+    passing = {
         "activations (estimate)": _activation_bytes(config, shape, width),
         "fused head: logits chunk, d(weight), hidden": (
             min(workspace, 16 * rows * shard) + head_gradient + 3 * width * rows * shape.hidden_size
         ),
-        "reserve for CUDA and NCCL (estimate)": RESERVE_BYTES,
     }
+    return kept, passing
 
 
 def _activation_bytes(config: Config, shape: ModelShape, width: int) -> float:
@@ -225,17 +236,23 @@ def _sampling_bytes(config: Config, shape: ModelShape, given: Assumptions) -> di
     rollout = config.rollout
     if rollout.engine == "replay":
         return {}
-    ranks = rollout.tensor_parallel_size if rollout.engine == "vllm" else 1
-    factor = 0.5 if rollout.dtype == "fp8" else 1.0
     longest = rollout.max_prompt_tokens + rollout.max_new_tokens
     sequences = min(rollout.max_batch_sequences, config.batch.sequences_per_step)
     if rollout.engine == "vllm":  # what it takes for itself, weights and cache together
         gpu = GPUS[given.gpu].memory_bytes
         return {"vLLM: rollout.gpu_memory_utilization": rollout.gpu_memory_utilization * gpu}
     return {
-        "sampler's copy of the weights": factor * width * shape.num_parameters / ranks,
+        "sampler's copy of the weights": width * shape.num_parameters,
         "key-value cache": sequences * longest * kv_bytes_per_token(shape, width),
     }
+
+
+def engine_weights(config: Config, shape: ModelShape) -> float:
+    """Of vLLM on one GPU, within its share; 0 for the other samplers, which are listed whole."""
+    if config.rollout.engine != "vllm":
+        return 0.0
+    width = 1 if config.rollout.dtype == "fp8" else 2 if config.model.dtype == "bfloat16" else 4
+    return width * shape.num_parameters / config.rollout.tensor_parallel_size
 
 
 def kv_bytes_per_token(shape: ModelShape, width: int) -> int:

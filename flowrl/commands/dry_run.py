@@ -12,37 +12,69 @@ from rich.table import Table
 
 from flowrl import assembly
 from flowrl.config import Config
+from flowrl.model_shape import check_split, read_shape
 from flowrl.models import base_model, hf_files
 from flowrl.parallel import Parallel
 from flowrl.schema import ConfigError
 from flowrl.settings import to_toml
-from flowrl.tasks import build_task
+from flowrl.tasks import Task, build_task
 from flowrl.trainer import check_layout
 
 
 def run(config: Config) -> None:
     """Prints what a run would do; raises ConfigError where it could not."""
     config, objective = assembly.resolve(config)
-    processes = int(os.environ.get("WORLD_SIZE", config.parallel.model_size))
+    expected = config.parallel.processes or config.parallel.model_size
+    processes = int(os.environ.get("WORLD_SIZE", expected))
     ranks = Parallel(0, config.parallel.replicas(processes), torch.device("cpu"))
     check_layout(config, ranks)
     task = build_task(config.task.name, config.task.options, config.reward.timeout_s)
     num_problems = task.num_prompts("train"), task.num_prompts("eval")
     task.close()
-    if config.model.path:
-        hf_files.check_model_dir(Path(config.model.path))
-    elif task.alphabet is None:
-        raise ConfigError(
-            f"task {task.name} has no base model of its own; give one with --model.path DIR"
-        )
-    size = base_model.model_size(config.model.path, config.base, task.alphabet or "")
+    check_model(config, task)
     console = Console(soft_wrap=True)
     console.print(to_toml(config), markup=False, highlight=False)
     console.print(_batch_table(config, ranks.world_size, num_problems))
-    console.print(_memory_table(config, size, objective.needs))
+    if is_elsewhere(config):
+        console.print(
+            f"model.path {config.model.path} is not on this machine, model.shape stands for it: "
+            "weights and tokenizer have not been looked at", highlight=False,
+        )  # fmt: skip
+    if config.model.backend == "megatron":
+        console.print("memory: flowrl plan, with the same settings", highlight=False)
+    else:
+        size = base_model.model_size(config.model.path, config.base, task.alphabet or "")
+        console.print(_memory_table(config, size, objective.needs))
     state = "exists: continue it with --resume" if config.run_dir.exists() else "is free"
     console.print(f"run directory {config.run_dir} {state}; kernels: "
                   f"{assembly.kernel_backend(config)}", highlight=False)  # fmt: skip
+
+
+def is_elsewhere(config: Config) -> bool:
+    """Whether only the model's shape is known here."""
+    return bool(config.model.shape) and not Path(config.model.path).is_dir()
+
+
+def check_model(config: Config, task: Task) -> None:
+    """Raises ConfigError for a model that cannot be trained with these settings."""
+    path, megatron = Path(config.model.path), config.model.backend == "megatron"
+    if is_elsewhere(config):
+        shape = read_shape(config.model.shape)
+        if not megatron:
+            raise ConfigError(
+                f"model.path {path} is not a directory; only the megatron backend's settings can "
+                "be checked with model.shape alone"
+            )
+        return check_split(shape, config.parallel)
+    if not config.model.path and task.alphabet is None:
+        raise ConfigError(
+            f"task {task.name} has no base model of its own; give one with --model.path DIR"
+        )
+    if config.model.path:
+        hf_files.check_model_dir(path)
+        assembly.check_shape(config, path)
+        if megatron:
+            check_split(read_shape(path), config.parallel)
 
 
 def _batch_table(config: Config, world_size: int, num_problems: tuple[int, int]) -> Table:

@@ -16,7 +16,15 @@ from flowrl import assembly
 from flowrl.config import Config
 from flowrl.model_shape import ModelShape, check_split, read_shape
 from flowrl.parallel import Parallel
-from flowrl.plan import GPUS, Assumptions, Plan, kv_bytes_per_token, make_plan, remedies
+from flowrl.plan import (
+    GPUS,
+    Assumptions,
+    Plan,
+    engine_weights,
+    kv_bytes_per_token,
+    make_plan,
+    remedies,
+)
 from flowrl.schema import ConfigError, nearest
 from flowrl.trainer import check_layout
 
@@ -93,6 +101,7 @@ def _model_table(config: Config, shape: ModelShape, given: Assumptions, plan: Pl
             f"{parallel.pipeline} x replicas {plan.replicas}"
         ),
         "parameters on the fullest process": f"{plan.parameters_per_process:,}",
+        **_engine_rows(config, shape),
         "key-value cache": f"{kv_bytes_per_token(shape, width) / 1024:.0f} KiB a token",
         "assumed lengths": (
             f"prompt {given.prompt_tokens}, response {given.response_tokens} tokens on average"
@@ -101,13 +110,23 @@ def _model_table(config: Config, shape: ModelShape, given: Assumptions, plan: Pl
     return _table("model", rows)
 
 
+def _engine_rows(config: Config, shape: ModelShape) -> dict[str, str]:
+    if config.rollout.engine != "vllm":
+        return {}
+    size = engine_weights(config, shape)
+    return {"vLLM's weights on one GPU, within its share": _gb(size)}
+
+
 def _memory_table(plan: Plan, capacity: float) -> Table:
     memory = plan.memory
-    rows = {f"training: {name}": _gb(size) for name, size in memory.training.items()}
-    rows["training: sum"] = _gb(sum(memory.training.values()))
+    rows = {name: _gb(size) for name, size in memory.kept.items()}
+    rows |= {f"training: {name}": _gb(size) for name, size in memory.passing.items()}
     rows |= {f"sampling: {name}": _gb(size) for name, size in memory.sampling.items()}
-    rows["at once" if memory.together else "the larger of the two"] = _gb(memory.peak)
-    rows["of a GPU's"] = _gb(capacity)
+    rows["sum while training" + (" (the engine sleeps)" if memory.sleeps else "")] = _gb(
+        memory.while_training
+    )
+    rows["sum while sampling"] = _gb(memory.while_sampling)
+    rows["memory of the GPU"] = _gb(capacity)
     if plan.host_bytes:
         rows["host memory, per process (reference and policy change places)"] = _gb(plan.host_bytes)
     return _table("memory on the fullest process", rows)

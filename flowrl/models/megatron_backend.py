@@ -44,6 +44,7 @@ class MegatronBackend:
     ) -> None:
         self.config = config
         self.model_dir = model_dir
+        self.heads = sorted(needs & {"log_z", "values"})
         self.parallel = parallel
         self.policy_version = 0
         self.reference_version = 0
@@ -83,8 +84,8 @@ class MegatronBackend:
                 entropy="metric" if entropy else "none",
                 **self._head_options,
             )
-            with_values = "values" in heads and not reference
-            values = heads["values"](rows) if with_values else None
+            with_values = "value" in heads and not reference
+            values = heads["value"](rows) if with_values else None
             return hidden.new_zeros(()), (scores.logprobs, scores.entropy, values)
 
         return Job(batch, use)
@@ -114,8 +115,8 @@ class MegatronBackend:
             inputs, values = {}, {}
             if "log_z" in heads:
                 inputs["log_z"] = heads["log_z"](hidden, packed, keys)
-            if "values" in heads:
-                values["values"] = heads["values"](rows)
+            if "value" in heads:
+                values["values"] = heads["value"](rows)
             output = linear_policy_loss(
                 rows,
                 weight,
@@ -216,6 +217,7 @@ class MegatronBackend:
                 "num_steps": self.optimizer.num_steps,
                 "start_model": fingerprint(self.model_dir),
                 "reference_version": self.reference_version,
+                "heads": self.heads,
             }
             (directory / COUNTERS).write_text(json.dumps(counters))
         self.parallel.barrier()
@@ -230,6 +232,11 @@ class MegatronBackend:
             raise ConfigError(
                 f"the starting model at {self.model_dir} is not the one that this run began with, "
                 "and it is the reference policy; put it back or start a new run"
+            )
+        if counters["heads"] != self.heads:
+            raise ConfigError(
+                f"{directory} has the heads {counters['heads']}, this run has {self.heads}: log_z "
+                "and values; resume with the objective that it was written with"
             )
         self.optimizer.num_updates = counters["num_updates"]
         self.optimizer.num_steps = counters["num_steps"]

@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from flowrl.models.megatron_optimizer import PolicyOptimizer
 from flowrl.schema import ConfigError
@@ -57,7 +58,12 @@ def save(directory: Path, contents: Contents) -> None:
     filesystem_async._results_queue = queue.Queue()
     writer = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
     dist_checkpointing.save({"state": written}, str(directory), writer)
-    found: Any = dist_checkpointing.load({"state": wanted}, str(directory))
+    try:
+        found: Any = dist_checkpointing.load({"state": wanted}, str(directory))
+    except (RuntimeError, ValueError, CheckpointingException, CheckpointException) as error:
+        raise CheckpointMismatchError(
+            f"what was written to {directory} cannot be read back: {str(error).splitlines()[0]}"
+        ) from error
     for key, entry in sent.items():
         for name, tensor in entry.items():
             if not torch.equal(tensor, found["state"][key][name]):
@@ -72,10 +78,11 @@ def load(directory: Path, contents: Contents) -> None:
     wanted = _empty_like(_described(contents))
     try:
         found: Any = dist_checkpointing.load({"state": wanted}, str(directory))
-    except CheckpointingException as error:
+    except (CheckpointingException, CheckpointException) as error:
+        reason = [line for line in str(error).splitlines() if "Error: " in line] or [str(error)]
         raise ConfigError(
-            f"{directory} has other parameters than this run ({str(error).splitlines()[0]}); "
-            "resume with the objective, log_z and value_head settings that it was written with"
+            f"{directory} has other parameters than this run ({reason[-1][:200]}); resume with the "
+            "log_z and value_head settings that it was written with"
         ) from error
     for key, param, _ in _parameters(contents.chunks):
         contents.optimizer.scatter_state(param, found["state"][key])

@@ -35,7 +35,7 @@ class HeadUse(Protocol):
 
     def __call__(self, hidden: Tensor, weight: Tensor, heads: Mapping[str, Any]) -> Any:
         """hidden (T_model padded, D), the same on all tensor ranks; weight (V_local, D); heads
-        "log_z" and "values", as far as the objective needs them."""
+        "log_z" and "value", as far as the objective needs them."""
         ...
 
 

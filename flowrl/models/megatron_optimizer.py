@@ -56,7 +56,7 @@ class PolicyOptimizer:
         self._config = config
         self._chunks = list(chunks)
         options = config.optimizer
-        heads = {"log_z": config.log_z.lr, "values": config.value_head.lr}
+        heads = {"log_z": config.log_z.lr, "value": config.value_head.lr}
         vector = ParamPredicate(name="vector", fn=lambda param: param.ndim < 2)
         groups: Any = {
             ParamKey(predicate=vector): {"wd_mult": 0.0},

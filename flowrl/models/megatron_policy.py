@@ -78,7 +78,7 @@ class SplitPolicy:
                 torch.manual_seed(self._config.seed)
                 heads["log_z"] = LogZHead(self.shape.hidden_size, self._config.log_z)
         if "values" in needs:
-            heads["values"] = ValueHead(self.shape.hidden_size, self._config.value_head)
+            heads["value"] = ValueHead(self.shape.hidden_size, self._config.value_head)
         return {name: head.to(self._device) for name, head in heads.items()}
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
