@@ -153,8 +153,12 @@ class InProcess:
         self._engine: VLLMEngine | None = None
         self.pids: list[int] = []
         with _output_to(self.log_path):
-            watch = lambda: self._kill(set(children()) - before)  # noqa: E731
-            self._engine = self._limited(lambda: VLLMEngine(settings), start_limit_s, "load", watch)
+            self._engine = self._limited(
+                lambda: VLLMEngine(settings),
+                start_limit_s,
+                "load",
+                lambda: self._kill(set(children()) - before),
+            )
             _log_to(self.log_path)
         self.pids = sorted(set(children()) - before)
 

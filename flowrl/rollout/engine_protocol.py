@@ -23,6 +23,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from flowrl.schema import ConfigError
+
 _LENGTHS = struct.Struct(">QQ")
 _CHUNK_BYTES = 1 << 20
 
@@ -31,7 +33,7 @@ class EngineError(RuntimeError):
     """The engine died, or did not answer within its limit."""
 
 
-class EngineRefusedError(ValueError):
+class EngineRefusedError(ConfigError):
     """The engine cannot do what was asked; it is still there."""
 
 

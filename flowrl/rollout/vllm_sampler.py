@@ -28,13 +28,12 @@ from flowrl.records import Prompt, Rollout, SampleRequest
 from flowrl.rollout.engine_protocol import (
     EngineError,
     EngineHost,
-    EngineRefusedError,
     Message,
     WeightSyncError,
 )
 from flowrl.rollout.noise import stream_keys
 from flowrl.rollout.weight_check import compare, sampled
-from flowrl.schema import ConfigError, require
+from flowrl.schema import require
 
 
 @dataclass(frozen=True)
@@ -73,10 +72,7 @@ class VLLMSampler:
         self._sent: list[tuple[str, Tensor]] | None = None  # kept where a restart needs it
         self._is_asleep = False
         self._start = start
-        try:
-            self.host = start()
-        except EngineRefusedError as error:
-            raise ConfigError(str(error)) from error
+        self.host = start()
 
     def close(self) -> None:
         self.host.close()
