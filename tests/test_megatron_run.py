@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from flowrl.settings import merge
 
+pytestmark = pytest.mark.timeout(900)  # up to four processes each, on two cores
+
 STEPS = 10
 TP_PP = {"tensor": 2, "pipeline": 2}
 
@@ -45,7 +47,7 @@ def command(tiny, run_dir, layout=None, *more, **sections):
 
 
 def finish(args):
-    done = subprocess.run(args, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(args, capture_output=True, text=True, timeout=480, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
@@ -91,12 +93,12 @@ def killed(tiny, recorded, replay, tmp_path_factory):
     victim = max(workers_of(process.pid))
     os.kill(victim, signal.SIGKILL)
     start = time.monotonic()
-    _, errors = process.communicate(timeout=90)
+    _, errors = process.communicate(timeout=180)
     return run_dir, victim, process.returncode, time.monotonic() - start, errors
 
 
 def wait_for(path, process):
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 360
     while not path.exists():
         assert process.poll() is None, process.stderr.read()[-4000:]
         assert time.monotonic() < deadline
@@ -195,6 +197,6 @@ def test_two_agents_train_the_same_as_one(tiny, replay, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
     launcher += ["--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", str(port)]
     agents = [subprocess.Popen([*launcher, "--node-rank", str(n), *program]) for n in (0, 1)]
-    assert [agent.wait(timeout=240) for agent in agents] == [0, 0]
+    assert [agent.wait(timeout=480) for agent in agents] == [0, 0]
     found, expected = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("two", "one"))
     assert found == expected

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 megatron_worker.py FOLDER CASES.json OUT.json
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import megatron_cases as cases
 import torch
+import torch.distributed as dist
 from flowrl_kernels.head import vocab_parallel
 from megatron.core import parallel_state
 
@@ -21,6 +23,7 @@ from flowrl import parallel
 from flowrl.models import megatron_weights as weights
 from flowrl.models.megatron_backend import MegatronBackend
 from flowrl.models.megatron_cpu_shim import silence_megatron
+from flowrl.parallel_config import ParallelConfig
 
 
 def differences(case: cases.Case, folder: Path) -> dict[str, float]:
@@ -149,18 +152,30 @@ def place(config: Any) -> parallel.Parallel:
     )
 
 
+def new_world(number: int) -> parallel.Parallel:
+    """All processes, in groups of their own: those of an earlier case would keep their threads."""
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    agents = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), count, False)  # type: ignore
+    store = dist.PrefixStore(f"case{number}", agents)  # type: ignore
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
+    return parallel.place(rank, count, ParallelConfig(), torch.device("cpu"))
+
+
 def main(folder: Path, wanted: Path, out: Path) -> None:
     torch.set_num_threads(1)
     silence_megatron()
-    everyone = parallel.start("cpu")
     report = {}
-    for case in cases.from_json(wanted.read_text()):
+    for number, case in enumerate(cases.from_json(wanted.read_text())):
+        everyone = new_world(number)
         mine = differences(case, folder)
         every = everyone.gather_all(mine)
         report[case.name] = {name: max(one[name] for one in every) for name in mine}
-    if everyone.is_main:
-        out.write_text(json.dumps(report))
-    parallel.stop()
+        if everyone.is_main:
+            out.write_text(json.dumps(report))
+        everyone.barrier()
+        parallel.stop()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ LIMITS = {
     "trained_weights": 1e-5,
 }
 LOGPROBS = 1e-5
+pytestmark = pytest.mark.timeout(900)  # up to four processes each, on two cores
 METRICS = 1e-3  # squares of residuals of up to 15
 
 
@@ -114,7 +115,6 @@ def test_four_processes_compute_what_one_does(folder):
 
 
 @pytest.mark.matrix
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("wanted", "processes"), [(cases.ALL_TWO, 2), (cases.ALL_FOUR, 4)])
 def test_every_layout_of_every_family(folder, wanted, processes):
     check(launch(folder, wanted, processes), wanted)
