@@ -35,6 +35,8 @@ VARIANTS = {
     "trpo line_search": {"objective": {"name": "trpo", "method": "line_search"}},
     "trpo conjugate_gradient": {"objective": {"name": "trpo", "method": "conjugate_gradient"}},
     "trpo critic": {"objective": {"name": "trpo", "critic": True}},
+    "ppo adaptive": {"objective": {"name": "ppo", "kl_controller": "adaptive"}},
+    "tba replay": {"objective": {"name": "tba"}, "loop": {"replay_fraction": 0.5}},
     "prorl v2": {"objective": {"name": "prorl", "preset": "v2"}},
 }
 OTHER_WORLDS = {"flow_of_reasoning"}  # needs a task with legal actions

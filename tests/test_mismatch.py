@@ -1,20 +1,20 @@
 """The corrections against their definitions, written out by hand for two short sequences."""
 
-import json
 import math
 
 import pytest
 import torch
-from arguments import as_args
-from test_matching import WORLD
+from every_objective import cases, trainer
 
-from flowrl import objectives
-from flowrl.cli import main
 from flowrl.mismatch import FORMULAS, PER_SEQUENCE, corrected, correction_metrics
 from flowrl.objectives.aggregation import rollout_correction
+from flowrl.parallel import Parallel
 from flowrl.records import LossBatch
 from flowrl.rollout_config import RolloutConfig
 from flowrl.schema import ConfigError
+from flowrl.settings import merge
+
+ALONE = Parallel(0, 1, torch.device("cpu"))
 
 MU = [[3.0, 0.6, 1.0], [1.2, 1.0]]  # token ratios of two sequences
 MEANS = [1.8 ** (1 / 3), 1.2**0.5]
@@ -169,18 +169,11 @@ def test_a_sequence_level_loss_gets_one_factor_a_sequence(correction):
     assert rollout_correction(again).tolist() == pytest.approx(expected[::-1], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(objectives.names()))
-def test_every_objective_learns_nothing_from_what_is_dropped(name, base_cache, tmp_path):
+@pytest.mark.parametrize("name", cases())
+def test_every_objective_learns_nothing_from_what_is_dropped(name, base_dir):
     """All sequences are outside these bounds: no gradient is left of a whole step."""
-    settings = {section: dict(values) for section, values in WORLD.items()}
-    settings["base"]["cache_dir"] = str(base_cache)
-    settings |= {"run": {"dir": str(tmp_path / "run")}, "objective": {"name": name}}
-    settings["rollout"] = {
-        "correction": "geo_rs", "correction_low": 0.1, "correction_high": 0.2,
-    }  # fmt: skip
-    settings["trainer"] = {"steps": 1}
-    settings["eval"] = {"num_prompts": 0}
-    main(["train", "modular_cpu", *as_args(settings)])
-    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    dropping = {"correction": "geo_rs", "correction_low": 0.1, "correction_high": 0.2}
+    world = merge(cases()[name], {"rollout": dropping})
+    row = trainer(world, str(base_dir.parent), ALONE).step(1).metrics
     assert row["mismatch/correction_dropped"] == 1.0
     assert row["actor/grad_norm"] == 0.0
