@@ -20,11 +20,8 @@ from flowrl.records import LossBatch, PackedBatch, Prompt, Rollout
 from flowrl.settings import load
 
 LENGTHS = [(7, 3), (5, 9), (9, 1), (6, 6), (8, 2), (3, 12)]  # prompt and response tokens
-PLAN = [
-    [0, 1, 2],
-    [3],
-    [4, 5],
-]  # an odd number of micro-batches, so that interleaving needs fillers
+# One for each of four replicas, and an odd number, for which interleaving needs fillers.
+PLAN = [[0, 1], [2], [3], [4], [5]]
 UPDATES = 3
 PADDING = 2  # a token of the batch whose embedding gets no gradient
 VOCABULARY = 21  # divides by nothing; on four ranks the last has padding only
@@ -74,7 +71,7 @@ ALL_TWO = [
     for tied in (False, True)
     for layout in (
         {}, TP, SP, PP, VPP, {**SP, "recompute": "selective"}, {**PP, "recompute": "full"},
-        {**VPP, "reference": "swap"}, {"overlap_grad_reduce": True}, {**PP, "recompute": "full"},
+        {**VPP, "reference": "swap"}, {"overlap_grad_reduce": True}, {**TP, "recompute": "full"},
     )
 ]  # fmt: skip
 ALL_FOUR = [
