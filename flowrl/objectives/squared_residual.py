@@ -122,18 +122,19 @@ class SquaredResidual(Objective):
     def summarize(self, metrics: Metrics, batch: LossBatch) -> dict[str, float]:
         """flow/*: means over sequences, of the weights that multiply the loss. log_z_gap is
         log_z minus the group's mean of beta * rhat + b - a, log_z_gap_abs its absolute value;
-        iw_ess is (sum w)^2 / (N sum w^2)."""
+        iw_ess is (sum w)^2 / (N sum w^2), 0 where a correction dropped every sequence."""
         weight = metrics["importance_weight"].double()
         gap = metrics["log_z"] - group_mean(metrics["z_estimate"], batch.group_ids)
-        relative = weight / weight.max()
+        largest = weight.max()
+        relative = weight / largest if largest > 0 else weight
         numbers = {
             "flow/residual_abs": metrics["residual"].abs().mean(),
             "flow/log_z_mean": metrics["log_z"].mean(),
             "flow/log_z_gap": gap.mean(),
             "flow/log_z_gap_abs": gap.abs().mean(),
             "flow/iw_mean": weight.mean(),
-            "flow/iw_max": weight.max(),
-            "flow/iw_ess": relative.mean().square() / relative.square().mean(),
+            "flow/iw_max": largest,
+            "flow/iw_ess": relative.mean().square() / relative.square().mean().clamp(min=1e-300),
             "flow/iw_clip_frac": metrics["clipped"].mean(),
         }
         if self.settings.token_clip is not None:
