@@ -12,9 +12,8 @@ from torch import Tensor
 
 from flowrl.models import Backend, Microbatch, UpdateInfo
 from flowrl.objectives.base import TrustRegion
+from flowrl.objectives.kl import k3
 from flowrl.records import LossBatch
-
-MAX_LOG_RATIO = 20.0  # e^20 is finite in float32
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,5 @@ def kl_old_new(logprobs: Tensor, old_logprobs: Tensor, batch: LossBatch) -> Tens
     """This rank's share of the mean over the update's tokens of k3 for KL(old || new), float64:
     rho - 1 - log rho on tokens that the old policy sampled, rho = new / old."""
     assert batch.totals is not None
-    log_ratio = torch.where(batch.mask, logprobs - old_logprobs, 0.0).double()
-    log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return (log_ratio.expm1() - log_ratio).sum() / batch.totals.tokens
+    log_ratio = torch.where(batch.mask, old_logprobs - logprobs, 0.0).double()
+    return k3(log_ratio).sum() / batch.totals.tokens

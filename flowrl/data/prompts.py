@@ -1,4 +1,4 @@
-"""The prompt stream: which problems a step takes, as a function of the step alone."""
+"""Prompts as the model reads them."""
 
 from __future__ import annotations
 
@@ -39,8 +39,3 @@ def encode_prompts(
             )
         encoded.append(dataclasses.replace(prompt, token_ids=tuple(ids)))
     return encoded
-
-
-def step_indices(step: int, prompts_per_step: int) -> range:
-    """Positions in the task's training stream that step (1, 2, ...) takes."""
-    return range((step - 1) * prompts_per_step, step * prompts_per_step)

@@ -27,7 +27,6 @@ from flowrl.objectives.residual_settings import ResidualOptions, ResidualSetting
 from flowrl.records import LossBatch, Totals
 
 OF_THE_GROUP = ("group_mean", "group_best", "group_mean_old", "mean_reward")
-IN_PREPARE = ("group_mean_old", "mean_reward")  # of these, known before the first update
 
 
 class SquaredResidual(Objective):
