@@ -93,13 +93,17 @@ def _check_steps(config: Config, objective: Objective) -> None:
         ("rollout.temperature", 1.0, config.rollout.temperature),
         ("rollout.old_logprobs", "trainer", config.rollout.old_logprobs),
         ("eval.top_p", 1.0, config.eval.top_p),
-        ("eval.exact_prompts", 0, config.eval.exact_prompts),
     ):
         if given != wanted:
             raise ConfigError(
                 f"objective {objective.name} draws legal actions and needs {name}={wanted}, got "
                 f"{given}; set {name}={wanted}"
             )
+    if objective.fixed_point is None and config.eval.exact_prompts:
+        raise ConfigError(
+            f"objective {objective.name} with these options has no target that is a table of ends; "
+            "set eval.exact_prompts=0, or objective.ll_weight=0"
+        )
 
 
 def _resolved_loop(config: Config, objective: Objective) -> LoopConfig:

@@ -71,15 +71,15 @@ def _hill(p: np.ndarray, order: float) -> float:
 
 
 def implied_log_z(
-    policy: Sequence[float], reference: Sequence[float], rewards: Sequence[float], beta: float
+    policy: Sequence[float], prior: Sequence[float], rewards: Sequence[float], beta: float
 ) -> float:
-    """E_q[beta r - log(q / pi_ref)]: the log Z that fits a policy q best in least squares. It
+    """E_q[beta r - log(q / prior)]: the log Z that fits a policy q best in least squares. It
     equals log Z - KL(q || pi*), so its error is the KL. Answers of no mass count 0."""
     q = np.asarray(policy, dtype=np.float64)
     q = q / q.sum()
     held = q > 0
-    ref, r = np.asarray(reference, dtype=np.float64)[held], np.asarray(rewards)[held]
-    return float((q[held] * (beta * r - np.log(q[held]) + np.log(ref))).sum())
+    base, r = np.asarray(prior, dtype=np.float64)[held], np.asarray(rewards)[held]
+    return float((q[held] * (beta * r - np.log(q[held]) + np.log(base))).sum())
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:

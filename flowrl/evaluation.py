@@ -13,7 +13,7 @@ import numpy as np
 from flowrl import diversity, objectives
 from flowrl.config import Config
 from flowrl.data.prompts import encode_prompts
-from flowrl.exact_tables import Tabulator, measure
+from flowrl.exact_tables import StepTabulator, Tabulator, measure
 from flowrl.metrics import error_rate, pass_at_k
 from flowrl.models import Backend
 from flowrl.parallel import Parallel
@@ -46,7 +46,8 @@ class Evaluator:
         objective = objectives.build(config.objective.name, config.objective.options)
         self.nominal_beta = objective.beta  # None: the objective has no target of its own
         self.fixed_point = objective.fixed_point
-        self.tabulator = Tabulator(config, task, tokenizer)
+        by_steps = objective.policy == "legal_actions"
+        self.tabulator = (StepTabulator if by_steps else Tabulator)(config, task, tokenizer)
 
     def run(self, sampler: Sampler, backend: Backend | None) -> Evaluation:
         """Every rank takes part and gets the whole result. Without a backend, samples only."""

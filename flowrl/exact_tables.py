@@ -21,8 +21,10 @@ from flowrl.models import Backend
 from flowrl.objectives.base import FixedPoint
 from flowrl.records import Prompt, Rollout
 from flowrl.schema import ConfigError
+from flowrl.step_expansion import Steps
 from flowrl.targets import Table, Target, target
 from flowrl.tasks import Outcome, Task
+from flowrl.tasks.step_task import StepTask
 
 COVERAGE_SAMPLES = 64  # n of the expected coverage
 
@@ -30,7 +32,7 @@ COVERAGE_SAMPLES = 64  # n of the expected coverage
 @dataclass(frozen=True)
 class Targets:
     beta: float
-    nominal: Target  # pi_ref exp(beta r) / Z
+    nominal: Target  # prior exp(beta r) / Z
     fixed_point: Target | None  # where the objective's own training ends
 
 
@@ -44,6 +46,7 @@ class Answers:
     rollouts: Sequence[Rollout]
     reference: list[float]
     reference_version: int  # times that the loop has reset the reference
+    log_backward: Sequence[float] | None = None  # where the policy chooses among legal actions
 
     @property
     def rewards(self) -> list[float]:
@@ -54,8 +57,9 @@ class Answers:
         return [o.solution for o in self.outcomes]
 
     def targets(self, beta: float, own: FixedPoint | None, group_size: int) -> Targets:
-        table = Table(self.reference, self.rewards, self.lengths)
-        nominal = target(FixedPoint(beta), table)
+        table = Table(self.reference, self.rewards, self.lengths, self.log_backward)
+        prior = "reference" if own is None else own.prior
+        nominal = target(FixedPoint(beta, prior=prior), table)
         assert nominal is not None
         return Targets(beta, nominal, None if own is None else target(own, table, group_size))
 
@@ -81,9 +85,14 @@ class Tabulator:
                 return None
             rollouts = self._rollouts(prompt, outcomes)
             lengths = [len(r.response_ids) for r in rollouts]
-            reference = self._tabulate(rollouts, backend, reference=True)
             self._known[key] = Answers(
-                prompt, outcomes, lengths, rollouts, reference, backend.reference_version
+                prompt,
+                outcomes,
+                lengths,
+                rollouts,
+                self._tabulate(rollouts, backend, reference=True),
+                backend.reference_version,
+                self._log_backward(rollouts),
             )
         return self._known[key]
 
@@ -112,15 +121,58 @@ class Tabulator:
     def _tabulate(
         self, rollouts: Sequence[Rollout], backend: Backend, *, reference: bool
     ) -> list[float]:
+        return np.exp(self._logprobs(rollouts, backend, reference=reference)).tolist()
+
+    def _log_backward(self, rollouts: Sequence[Rollout]) -> list[float] | None:
+        return None
+
+    def _logprobs(
+        self, rollouts: Sequence[Rollout], backend: Backend, *, reference: bool
+    ) -> np.ndarray:
+        """(N,) float64: sums over the tokens of each response."""
         packed = pack(rollouts)
         found = np.empty(len(rollouts))
         for indices in plan_microbatches(packed, self.tokens_per_microbatch):
             part = packed.select(indices)
             scores = backend.logprobs([part], reference=reference)
-            found[indices.numpy()] = (
-                segment_sum(scores.logprobs.cpu(), part.cu_seqlens).exp().numpy()
-            )
-        return found.tolist()
+            found[indices.numpy()] = segment_sum(scores.logprobs.cpu(), part.cu_seqlens).numpy()
+        return found
+
+
+class StepTabulator(Tabulator):
+    """The same for a policy over legal actions: every legal action of every state is scored once,
+    and an answer's probability is the product of its steps'."""
+
+    def __init__(self, config: Config, task: StepTask, tokenizer: Any) -> None:
+        super().__init__(config, task, tokenizer)
+        self.steps = Steps(task, tokenizer)
+
+    def _tabulate(
+        self, rollouts: Sequence[Rollout], backend: Backend, *, reference: bool
+    ) -> list[float]:
+        candidates: list[Rollout] = []
+        states: dict[str, slice] = {}  # where the candidates of each partial text are
+        paths: list[list[tuple[str, int]]] = []  # per answer: states, and the action taken there
+        for rollout in rollouts:
+            path = []
+            for step in self.steps.of(rollout):
+                if step.partial not in states:
+                    start = len(candidates)
+                    candidates += step.candidates(rollout)
+                    states[step.partial] = slice(start, len(candidates))
+                path.append((step.partial, step.taken))
+            paths.append(path)
+        scores = self._logprobs(candidates, backend, reference=reference)
+        policy = {partial: _log_softmax(scores[held]) for partial, held in states.items()}
+        totals = [sum(float(policy[state][taken]) for state, taken in path) for path in paths]
+        return np.exp(totals).tolist()
+
+    def _log_backward(self, rollouts: Sequence[Rollout]) -> list[float]:
+        return [sum(step.log_backward for step in self.steps.of(r)) for r in rollouts]
+
+
+def _log_softmax(scores: np.ndarray) -> np.ndarray:
+    return scores - np.logaddexp.reduce(scores)
 
 
 def measure(answers: Answers, policy: Sequence[float], targets: Targets) -> dict[str, float]:
@@ -140,7 +192,8 @@ def measure(answers: Answers, policy: Sequence[float], targets: Targets) -> dict
         **_modes(answers, answers.reference, "_reference"),
     }
     if targets.nominal.log_z is not None:
-        implied = diversity.implied_log_z(policy, answers.reference, answers.rewards, targets.beta)
+        prior = targets.nominal.prior.tolist()
+        implied = diversity.implied_log_z(policy, prior, answers.rewards, targets.beta)
         found["log_z_target"] = targets.nominal.log_z
         found["log_z_error"] = abs(implied - targets.nominal.log_z)
     if targets.fixed_point is not None:

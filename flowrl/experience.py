@@ -218,8 +218,9 @@ def shaped_rewards(
     truncated: Tensor,  # (N,) bool
     loop: LoopConfig,
     max_new_tokens: int,
+    step: int = 1,
 ) -> Tensor:  # (N,)
-    """Rewards after what [loop] does to truncated and overlong responses.
+    """Rewards after what [loop] does to truncated and overlong responses, and its scale at `step`.
 
     buffer B = overlong_buffer * max_new_tokens:  r += penalty * min(0, (max - B - length) / B)
     Sources: DAPO, arXiv:2503.14476, eq. 13; the truncation rule: ProRL v2 (docs/loop.md)."""
@@ -231,4 +232,4 @@ def shaped_rewards(
         size = buffer * max_new_tokens
         over = (max_new_tokens - size - lengths) / size
         shaped = shaped + loop.overlong_penalty * over.clamp(max=0.0).to(shaped.dtype)
-    return shaped
+    return shaped * loop.reward_scale(step)

@@ -34,6 +34,11 @@ class LoopConfig:
     """The same after so many evaluations in a row without a better avg@n; 0: never."""
     reset_optimizer: bool | None = None
     """A reset of the reference also clears the optimizer's moments."""
+    reward_scale_start: float | None = None
+    """Factor of the rewards at step 1, which goes linearly to 1 at step loop.reward_scale_steps:
+    below 1 the inverse temperature beta rises (Flow of Reasoning: 0.5; TBA: 1/3)."""
+    reward_scale_steps: int | None = None
+    """Steps until the rewards count in full."""
     replay_fraction: float | None = None
     """Share of a step's prompts whose samples come from the replay buffer; 0: no buffer."""
     replay_capacity: int | None = None
@@ -51,6 +56,8 @@ class LoopConfig:
             ("overlong_buffer", 0, 1, 0.2),
             ("replay_fraction", 0, 0.9, 0.5),
             ("overlong_penalty", 0, None, 1.0),
+            ("reward_scale_start", 0, None, 0.5),
+            ("reward_scale_steps", 1, None, 200),
             ("reference_reset_every", 0, None, 200),
             ("reference_reset_patience", 0, None, 3),
             ("replay_capacity", 1, None, 1000),
@@ -61,6 +68,13 @@ class LoopConfig:
                 f"loop.{name} must be {f'in [{low}, {high}]' if high else f'>= {low}'}, got "
                 f"{value}; set loop.{name}={remedy}",
             )
+
+    def reward_scale(self, step: int) -> float:
+        """Factor of the rewards at step 1, 2, ...; of a resolved config."""
+        start, steps = self.reward_scale_start, self.reward_scale_steps
+        assert start is not None, "assembly.resolve fills it"
+        assert steps is not None, "assembly.resolve fills it"
+        return start + (1.0 - start) * min(1.0, (step - 1) / max(1, steps - 1))
 
     @property
     def shares_groups(self) -> bool:
@@ -76,6 +90,8 @@ OFF = {
     "reference_reset_every": 0,
     "reference_reset_patience": 0,
     "reset_optimizer": False,
+    "reward_scale_start": 1.0,
+    "reward_scale_steps": 200,
     "replay_fraction": 0.0,
     "replay_capacity": 1000,
     "replay_priority": "uniform",
@@ -102,6 +118,12 @@ def with_defaults(loop: LoopConfig, defaults: Mapping[str, Any], objective: str)
             f"loop.{name} has no effect without loop.{needed}, got {getattr(loop, name)}; "
             f"set loop.{needed} or leave it out",
         )
+    require(
+        loop.reward_scale_steps in (None, OFF["reward_scale_steps"])
+        or filled.reward_scale_start != 1,
+        "loop.reward_scale_steps has no effect without loop.reward_scale_start, got "
+        f"{loop.reward_scale_steps}; set loop.reward_scale_start=0.5 or leave it out",
+    )
     resets = filled.reference_reset_every or filled.reference_reset_patience
     require(
         not loop.reset_optimizer or bool(resets),

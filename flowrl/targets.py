@@ -2,6 +2,7 @@
 
     target(FixedPoint(beta=3.0), table)                        pi_ref exp(beta r) / Z
     target(FixedPoint(3.0, length_normalised=True), table)     pi_ref exp(|y| (beta r - log Z))
+    target(FixedPoint(3.0, prior="backward"), table)           P_B exp(beta r) / Z
 
 An objective declares its `FixedPoint` (objectives/base.py); nothing here knows objectives by name.
 """
@@ -28,6 +29,7 @@ class Table:
     reference: Sequence[float]  # pi_ref(y)
     rewards: Sequence[float]
     lengths: Sequence[int]  # response tokens, EOS included
+    log_backward: Sequence[float] | None = None  # of trajectories of legal actions: sum of log P_B
 
 
 @dataclass(frozen=True)
@@ -36,26 +38,40 @@ class Target:
 
     probabilities: np.ndarray
     log_z: float | None
+    prior: np.ndarray  # what exp(beta r) is multiplied by; need not sum to 1
 
 
 def target(point: FixedPoint, table: Table, group_size: int = 8) -> Target | None:
     """The fixed point over the answers of `table`; None for z-scored rewards of more than two
     values, where the group's statistics have no closed form.
 
-    Raises ValueError for a table whose reference is nowhere positive."""
-    log_ref = _log(table.reference)
+    Raises ValueError for a table whose reference is nowhere positive, and for a prior that the
+    table lacks."""
+    log_prior = _log_prior(point, table)
+    prior = np.exp(log_prior)
     rewards = np.asarray(table.rewards, dtype=np.float64)
     lengths = np.asarray(table.lengths, dtype=np.float64) if point.length_normalised else None
     if point.reward == "raw":
-        log_q, log_z = _solve(log_ref, point.beta * rewards, lengths)
-        return Target(np.exp(log_q), log_z)
+        log_q, log_z = _solve(log_prior, point.beta * rewards, lengths)
+        return Target(np.exp(log_q), log_z, prior)
     levels = np.unique(rewards)
     if len(levels) > 2:
         return None
     right = rewards == levels[-1]
     if len(levels) < 2 or right.all():
-        return Target(np.exp(_solve(log_ref, 0.0 * rewards, lengths)[0]), None)
-    return Target(_self_consistent(point.beta, log_ref, right, lengths, group_size), None)
+        return Target(np.exp(_solve(log_prior, 0.0 * rewards, lengths)[0]), None, prior)
+    found = _self_consistent(point.beta, log_prior, right, lengths, group_size)
+    return Target(found, None, prior)
+
+
+def _log_prior(point: FixedPoint, table: Table) -> np.ndarray:
+    if point.prior == "reference":
+        return _log(table.reference)
+    if point.prior == "uniform":
+        return np.zeros(len(table.rewards))
+    if table.log_backward is None:
+        raise ValueError("the table must hold log_backward for prior='backward', got None")
+    return np.asarray(table.log_backward, dtype=np.float64)
 
 
 def _solve(

@@ -69,7 +69,7 @@ class Trainer:
         """Step `number` (1, 2, ...). A function of the weights, the config and the number."""
         experience = self.collector.collect(number)
         packed = pack(experience.sequences)
-        batch = self._loss_batch(experience, packed)
+        batch = self._loss_batch(experience, packed, number)
         with self.watch("logprob"):
             batch, trainer_logprobs = self._add_logprobs(packed, batch)
         batch = self.objective.prepare(batch, self.parallel.all_reduce)
@@ -85,7 +85,7 @@ class Trainer:
 
     # --- before the update
 
-    def _loss_batch(self, experience: Experience, packed: PackedBatch) -> LossBatch:
+    def _loss_batch(self, experience: Experience, packed: PackedBatch, number: int) -> LossBatch:
         rollouts, loop = experience.sequences, self.config.loop
         sampled = None  # of candidates the sampler knows no log-probs by token
         if experience.expansion is None:
@@ -99,7 +99,7 @@ class Trainer:
         if loop.mask_truncated and bool(truncated.any()):
             kept = ~truncated.repeat_interleave(lengths)
         return LossBatch(
-            rewards=shaped_rewards(rewards, lengths, truncated, loop, longest),
+            rewards=shaped_rewards(rewards, lengths, truncated, loop, longest, number),
             group_ids=torch.tensor([r.prompt.index for r in rollouts]),
             cu_seqlens=packed.cu_seqlens,
             rollout_logprobs=sampled,

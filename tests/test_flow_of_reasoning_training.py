@@ -18,6 +18,7 @@ from flowrl.cli import main
 from flowrl.config import ConfigError
 from flowrl.data.packing import pack
 from flowrl.data.prompts import encode_prompts
+from flowrl.exact_tables import StepTabulator
 from flowrl.experience import Experience
 from flowrl.metrics import segment_sum
 from flowrl.records import Rollout, SampleRequest
@@ -165,8 +166,42 @@ def test_a_text_that_is_no_trajectory_is_refused(parts):
         assembly.expansion(parts)(Experience([rollout], parts.task.score([rollout])))
 
 
+def test_exact_table_of_a_policy_over_actions(parts):
+    """Against the sampler's own scores, answer by answer, and against how often it draws them."""
+    request = request_for(parts, stream="eval", indices=(0,), size=400)
+    prompt = request.prompts[0]
+    tabulator = StepTabulator(parts.backend.config, parts.task, parts.tokenizer)
+    answers = tabulator.answers(prompt, parts.backend)
+    assert answers is not None
+    policy = tabulator.probabilities(answers, parts.backend)
+    assert sum(policy) == pytest.approx(1.0, abs=1e-6)
+    np.testing.assert_allclose(policy, answers.reference, atol=1e-6)  # untrained as yet
+    for outcome, probability in zip(answers.outcomes, policy, strict=True):
+        state, expected, log_backward = _Trajectory(prompt, 0), 1.0, 0.0
+        while legal := parts.task.legal_actions(prompt, state.text):
+            scores = parts.sampler.action_logprobs([state], [legal])[0]
+            rest = outcome.text[len(state.text) :]
+            taken = next(i for i, a in enumerate(legal) if rest.startswith(a))
+            expected *= np.exp(scores[taken]) / np.exp(scores).sum()
+            state.actions.append(legal[taken])
+            log_backward -= np.log(parts.task.num_parents(prompt, state.text))
+        assert probability == pytest.approx(expected, abs=1e-5)
+        assert answers.log_backward is not None
+        assert answers.log_backward[answers.outcomes.index(outcome)] == pytest.approx(log_backward)
+    drawn = [r.text for r in parts.sampler.sample(request)]
+    most = int(np.argmax(policy))
+    share = np.mean([text == answers.outcomes[most].text for text in drawn])
+    assert share == pytest.approx(policy[most], abs=0.08)
+    own = parts.objective.fixed_point
+    targets = answers.targets(parts.objective.beta, own, 8)
+    assert targets.fixed_point is not None
+    np.testing.assert_allclose(targets.nominal.probabilities, targets.fixed_point.probabilities)
+    weights = np.exp(own.beta * np.array(answers.rewards) + np.array(answers.log_backward))
+    np.testing.assert_allclose(targets.nominal.probabilities, weights / weights.sum())
+
+
 REFUSED = [
-    ({"eval": {"exact_prompts": 4}}, "needs eval.exact_prompts=0"),
+    ({"objective": {"ll_weight": 1.5}}, "set eval.exact_prompts=0"),
     ({"rollout": {"temperature": 0.7}}, "needs rollout.temperature=1.0"),
     ({"eval": {"top_p": 0.9}}, "needs eval.top_p=1.0"),
     ({"objective": {"name": "vargrad"}}, "draws tokens, not legal actions"),

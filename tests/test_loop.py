@@ -102,6 +102,19 @@ def test_truncated_responses_keep_a_share_or_get_a_fixed_reward(keep, expected):
     assert found.tolist() == [expected, 1.0]
 
 
+def test_rewards_count_more_and_more():
+    given = LoopConfig(reward_scale_start=0.5, reward_scale_steps=11)
+    loop = with_defaults(given, {}, "x")
+    found = [
+        float(shaped_rewards(torch.ones(1), torch.ones(1), torch.zeros(1).bool(), loop, 4, step))
+        for step in (1, 6, 11, 99)
+    ]
+    assert found == pytest.approx([0.5, 0.75, 1.0, 1.0])
+    assert with_defaults(loop, {}, "x") == loop
+    with pytest.raises(ConfigError, match="reward_scale_steps has no effect"):
+        with_defaults(LoopConfig(reward_scale_steps=11), {}, "x")
+
+
 def test_the_buffer_drops_the_oldest_and_draws_different_groups():
     buffer = ReplayBuffer(3, "uniform", seed=0)
     buffer.add([group(i, [0.0, 1.0]) for i in range(5)])

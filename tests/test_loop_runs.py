@@ -139,6 +139,19 @@ def test_truncated_responses_leave_the_loss(tiny, base_dir, tmp_path):
     assert masked["actor/loss"] < 0.9 * kept["actor/loss"]
 
 
+def test_the_rewards_of_a_step_count_by_its_number(tiny, base_dir, tmp_path):
+    world = {
+        "objective": {"name": "vargrad"},
+        "loop": {"reward_scale_start": 0.0, "reward_scale_steps": 3},
+        "trainer": {"steps": 4},
+    }
+    rows = steps(train(tiny, tmp_path / "run", world))
+    assert rows[0]["reward/mean"] > 0
+    for row, share in zip(rows, (0.0, 0.5, 1.0, 1.0), strict=True):
+        expected = (share - 1) * row["reward/mean"]
+        assert row.get("reward/shaping_mean", 0.0) == pytest.approx(expected, abs=1e-6)
+
+
 def test_a_step_of_truncated_responses_alone_changes_nothing(tiny, base_dir, tmp_path):
     world = {
         "rollout": {"max_new_tokens": 2},

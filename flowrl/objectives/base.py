@@ -63,13 +63,16 @@ class TrustRegion:
 @dataclass(frozen=True)
 class FixedPoint:
     """The policy at which an objective's expected gradient vanishes, as a formula over a prompt's
-    answers: pi_ref exp(c (beta rhat - log Z)), log Z such that it sums to 1. See targets.py."""
+    answers: prior exp(c (beta rhat - log Z)), log Z such that it sums to 1. See targets.py."""
 
     beta: float
     length_normalised: bool = False
     """c is |y| instead of 1: the log-ratio is a mean over tokens."""
     reward: Literal["raw", "zscore"] = "raw"
     """rhat: the reward, or its mean z-score among the groups that the policy itself draws."""
+    prior: Literal["reference", "backward", "uniform"] = "reference"
+    """pi_ref; or of trajectories of legal actions, the product of P_B = 1 / number of parents, or
+    the same for all of them."""
 
 
 class Objective(ABC):
@@ -102,7 +105,8 @@ class Objective(ABC):
 
     @property
     def beta(self) -> float | None:
-        """Inverse temperature of the nominal target pi_ref exp(beta r) / Z, or None."""
+        """Inverse temperature of the nominal target, prior exp(beta r) / Z with the prior of the
+        fixed point (pi_ref, where there is none); or None."""
         return None
 
     @property

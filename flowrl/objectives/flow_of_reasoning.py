@@ -1,7 +1,8 @@
 """Flow of Reasoning: VarGrad over trajectories whose steps are chosen among legal actions.
 
     P_F(a | s) = softmax over the legal actions a of s of sum_t log pi(a_t | s, a_<t)
-    score_j    = sum over j's steps of (log P_F - log P_B) - log R_j,    log R = beta r
+    score_j    = sum over j's steps of (log P_F - log P_B) - log R_j
+    R_j        = exp(beta r_j) + ll_weight * sum over j's steps of -1 / log pi_ref(a | s)
     loss       = mean over prompts of mean_j (score_j - mean score)^2
 
 P_B is uniform over the ways into a state. Every legal action of every state visited is a sequence
@@ -21,10 +22,12 @@ import torch
 from torch import Tensor
 
 from flowrl.objectives.aggregation import unmasked
-from flowrl.objectives.base import AllReduce, Metrics, Objective, given, identity
+from flowrl.objectives.base import AllReduce, FixedPoint, Metrics, Objective, given, identity
 from flowrl.objectives.groups import group_mean, group_sizes
 from flowrl.records import LossBatch
 from flowrl.schema import require
+
+LEAST_SURPRISE = 1e-2  # nats: a step that the reference is sure of adds at most 100
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,34 @@ class FlowOfReasoning(Objective):
         """P_B: uniform over the ways into a state, so that the mass of an end is R; or 1, the state
         being all of the text, so that the mass of a trajectory is R."""
 
+        ll_weight: float = 0.0
+        """Weight in R of how likely the steps are to pi_ref (the paper's BlocksWorld: 1.5)."""
+
         def __post_init__(self) -> None:
             require(
                 self.beta > 0,
                 f"objective.beta must be > 0, got {self.beta}; set objective.beta=4.6",
             )
+            require(
+                self.ll_weight >= 0,
+                f"objective.ll_weight must be >= 0, got {self.ll_weight}; "
+                "set objective.ll_weight=1.5",
+            )
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset()
+        return frozenset({"ref"} if self.options.ll_weight else ())
+
+    @property
+    def beta(self) -> float:
+        return self.options.beta
+
+    @property
+    def fixed_point(self) -> FixedPoint | None:
+        if self.options.ll_weight:
+            return None  # R depends on pi_ref's steps, not on the end alone
+        prior = "backward" if self.options.backward == "uniform" else "uniform"
+        return FixedPoint(self.beta, prior=prior)
 
     def prepare(self, batch: LossBatch, all_reduce: AllReduce = identity) -> LossBatch:
         return batch.replace(advantages=batch.rewards)
@@ -125,7 +147,11 @@ class FlowOfReasoning(Objective):
         rewards = given(batch.advantages, "advantages").double()  # alike within a trajectory
         rewards = _sums(rewards, owner, num_trajectories) / sizes
         prompts = batch.group_ids[first]
-        score = flow - self.options.beta * rewards
+        log_reward = self.options.beta * rewards
+        if self.options.ll_weight:
+            likely = self._likelihoods(batch, taken, owner, num_trajectories)
+            log_reward = torch.logaddexp(log_reward, likely.log())
+        score = flow - log_reward
         deviation = score - group_mean(score, prompts)
         weight = 1 / (given(batch.totals, "totals").groups * group_sizes(prompts).double())
         return _Balance(
@@ -136,11 +162,21 @@ class FlowOfReasoning(Objective):
             logprob=logprobs,
         )
 
+    def _likelihoods(self, batch: LossBatch, taken: Tensor, owner: Tensor, num: int) -> Tensor:
+        """(num,) ll_weight times the sum over a trajectory's steps of -1 / log pi_ref(a | s)."""
+        logprobs = sequence_sums(given(batch.ref_logprobs, "ref_logprobs"), batch)
+        certain = logprobs.clamp(max=-LEAST_SURPRISE)
+        return self.options.ll_weight * _sums(-taken / certain, owner, num)
+
 
 def sequence_logprobs(batch: LossBatch) -> Tensor:
-    """(N,) float64, differentiable: sums over the tokens of each sequence."""
-    clean = unmasked(given(batch.logprobs, "logprobs"), batch).double()
-    return torch.segment_reduce(clean, "sum", lengths=batch.lengths)
+    """(N,) float64, differentiable: log-prob of each sequence."""
+    return sequence_sums(given(batch.logprobs, "logprobs"), batch)
+
+
+def sequence_sums(values: Tensor, batch: LossBatch) -> Tensor:
+    """(N,) float64, differentiable: sums of (T,) over the tokens of each sequence."""
+    return torch.segment_reduce(unmasked(values, batch).double(), "sum", lengths=batch.lengths)
 
 
 def segment_logsumexp(values: Tensor, ids: Tensor) -> Tensor:

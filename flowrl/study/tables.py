@@ -17,19 +17,26 @@ COLUMNS = (  # heading, measure, format
     ("judge score", "judge_score", "{:.2f}"),
 )
 
+PRIORS = {"reference": "pi_ref ", "backward": "P_B ", "uniform": ""}
+
 
 def describe_target(target: Mapping[str, Any], of: str = "nominal") -> str:
     """`of` nominal: the target the objective names; fixed_point: where its training ends."""
     if of == "nominal":
         beta = target.get("nominal_beta")
-        return "none" if beta is None else f"pi_ref exp({beta:g} r)/Z"
+        return "none" if beta is None else f"{_prior(target)}exp({beta:g} r)/Z"
     point = target.get("fixed_point")
     if point is None:
         return "not known"
     reward = "r" if point["reward"] == "raw" else "z-scored r"
     if point["length_normalised"]:
-        return f"pi_ref exp(|y| ({point['beta']:g} {reward} - log Z))"
-    return f"pi_ref exp({point['beta']:g} {reward})/Z"
+        return f"{_prior(target)}exp(|y| ({point['beta']:g} {reward} - log Z))"
+    return f"{_prior(target)}exp({point['beta']:g} {reward})/Z"
+
+
+def _prior(target: Mapping[str, Any]) -> str:
+    point = target.get("fixed_point") or {}
+    return PRIORS[point.get("prior", "reference")]
 
 
 def write_interval(interval: Mapping[str, float] | None, form: str) -> str:

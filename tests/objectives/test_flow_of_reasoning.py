@@ -11,6 +11,8 @@ from loss_batches import assert_close, leaf, random_batch
 
 from flowrl.objectives import build, count_totals
 from flowrl.records import Actions, LossBatch, Prompt
+from flowrl.targets import Table
+from flowrl.targets import target as solve
 from flowrl.tasks.blocksworld import BlocksWorld, Options
 
 
@@ -26,8 +28,12 @@ def evaluated(batch: LossBatch, **options):
     return loss.detach(), logprobs.grad, objective.summarize(metrics, batch)
 
 
-def by_definition(batch: LossBatch, logprobs: torch.Tensor, beta: float, backward: str):
+def by_definition(
+    batch: LossBatch, logprobs: torch.Tensor, beta: float, backward: str, ll_weight: float = 0.0
+):
     """Trajectory by trajectory, with dictionaries."""
+    reference = torch.where(batch.mask, batch.ref_logprobs, 0.0).split(batch.lengths.tolist())
+    likely: dict[int, float] = defaultdict(float)
     clean = torch.where(batch.mask, logprobs, 0.0)
     sums = [part.sum() for part in clean.split(batch.lengths.tolist())]
     actions = batch.actions
@@ -46,10 +52,12 @@ def by_definition(batch: LossBatch, logprobs: torch.Tensor, beta: float, backwar
             log_backward = float(actions.log_backward[n]) if backward == "uniform" else 0.0
             flow = sums[n] - others.logsumexp(0) - log_backward
             scores[trajectory] = scores[trajectory] + flow
+            likely[trajectory] -= ll_weight / float(reference[n].sum())
     by_prompt = defaultdict(list)
     for trajectory, prompt in prompts.items():
         reward = sum(rewards[trajectory]) / len(rewards[trajectory])
-        by_prompt[prompt].append(scores[trajectory] - beta * reward)
+        log_reward = math.log(math.exp(beta * reward) + likely[trajectory])
+        by_prompt[prompt].append(scores[trajectory] - log_reward)
     variances = [torch.stack(group).var(correction=0) for group in by_prompt.values()]
     return torch.stack(variances).mean()
 
@@ -69,6 +77,23 @@ def test_value_and_gradient_are_those_of_the_variance(backward):
         batch, beta=0.7, backward="tree" if backward == "uniform" else "uniform"
     )
     assert abs(float(other - loss)) > 1e-3
+
+
+def test_likelihoods_of_the_reference_are_a_part_of_the_reward():
+    batch = random_batch(5, [6, 5, 8])
+    assert batch.logprobs is not None
+    assert batch.ref_logprobs is not None
+    batch = batch.replace(ref_logprobs=-batch.ref_logprobs.abs() - 0.1)
+    loss, gradient, _ = evaluated(batch, beta=0.7, ll_weight=1.5)
+    logprobs = leaf(batch.logprobs)
+    expected = by_definition(batch, logprobs, 0.7, "uniform", ll_weight=1.5)
+    expected.backward()
+    assert_close(loss, expected.detach())
+    assert_close(gradient, logprobs.grad)
+    assert abs(float(loss - evaluated(batch, beta=0.7)[0])) > 1e-4
+    objective = build("flow_of_reasoning", {"ll_weight": 1.5})
+    assert objective.needs == {"ref"}
+    assert objective.fixed_point is None
 
 
 def test_by_hand():
@@ -182,6 +207,10 @@ def test_ends_at_the_reward_times_the_backward_policy(backward):
             for text, actions, taken in policy.steps(outcome.text):
                 log_backward[i] -= math.log(task.num_parents(policy.prompt, text + actions[taken]))
     target = (1.5 * rewards + log_backward).softmax(0)
+    table = Table([1.0] * len(rewards), rewards.tolist(), [1] * len(rewards), log_backward.tolist())
+    declared = solve(objective.fixed_point, table)
+    assert declared is not None
+    assert_close(torch.as_tensor(declared.probabilities), target)
     assert float((policy.probabilities() - target).abs().sum()) < 0.02
     uniform = (1.5 * rewards).softmax(0)
     if backward == "uniform":
