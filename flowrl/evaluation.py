@@ -46,8 +46,8 @@ class Evaluator:
         objective = objectives.build(config.objective.name, config.objective.options)
         self.nominal_beta = objective.beta  # None: the objective has no target of its own
         self.fixed_point = objective.fixed_point
-        by_steps = objective.policy == "legal_actions"
-        self.tabulator = (StepTabulator if by_steps else Tabulator)(config, task, tokenizer)
+        tables = StepTabulator if objective.policy == "legal_actions" else Tabulator
+        self.tabulator = tables(config, task, tokenizer)
 
     def run(self, sampler: Sampler, backend: Backend | None) -> Evaluation:
         """Every rank takes part and gets the whole result. Without a backend, samples only."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -143,9 +143,9 @@ class StepTabulator(Tabulator):
     """The same for a policy over legal actions: every legal action of every state is scored once,
     and an answer's probability is the product of its steps'."""
 
-    def __init__(self, config: Config, task: StepTask, tokenizer: Any) -> None:
+    def __init__(self, config: Config, task: Task, tokenizer: Any) -> None:
         super().__init__(config, task, tokenizer)
-        self.steps = Steps(task, tokenizer)
+        self.steps = Steps(cast(StepTask, task), tokenizer)  # assembly refuses other tasks
 
     def _tabulate(
         self, rollouts: Sequence[Rollout], backend: Backend, *, reference: bool

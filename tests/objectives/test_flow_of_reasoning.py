@@ -32,6 +32,7 @@ def by_definition(
     batch: LossBatch, logprobs: torch.Tensor, beta: float, backward: str, ll_weight: float = 0.0
 ):
     """Trajectory by trajectory, with dictionaries."""
+    assert batch.ref_logprobs is not None
     reference = torch.where(batch.mask, batch.ref_logprobs, 0.0).split(batch.lengths.tolist())
     likely: dict[int, float] = defaultdict(float)
     clean = torch.where(batch.mask, logprobs, 0.0)
@@ -208,7 +209,9 @@ def test_ends_at_the_reward_times_the_backward_policy(backward):
                 log_backward[i] -= math.log(task.num_parents(policy.prompt, text + actions[taken]))
     target = (1.5 * rewards + log_backward).softmax(0)
     table = Table([1.0] * len(rewards), rewards.tolist(), [1] * len(rewards), log_backward.tolist())
-    declared = solve(objective.fixed_point, table)
+    point = objective.fixed_point
+    assert point is not None
+    declared = solve(point, table)
     assert declared is not None
     assert_close(torch.as_tensor(declared.probabilities), target)
     assert float((policy.probabilities() - target).abs().sum()) < 0.02
