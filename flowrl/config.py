@@ -47,13 +47,15 @@ class BaseConfig:
     cache_dir: str = "runs/base"
     """Directory of built base models, one folder per hash of what made it."""
     hidden_size: int = 96
-    """Hidden size D; a multiple of the number of heads."""
+    """Hidden size D."""
     num_layers: int = 4
     """Transformer layers."""
     num_heads: int = 4
     """Attention heads."""
     num_kv_heads: int = 4
     """Key-value heads; divides num_heads."""
+    head_dim: int = 0
+    """Width of a head, even; 0: hidden_size / num_heads."""
     intermediate_size: int = 256
     """Width of the MLP."""
     pretrain_steps: int = 400
@@ -70,7 +72,11 @@ class BaseConfig:
                      "pretrain_steps", "pretrain_rows", "hidden_size"):  # fmt: skip
             _positive("base", name, getattr(self, name))
         require(
-            self.hidden_size % (2 * self.num_heads) == 0,
+            self.head_dim >= 0 and self.head_dim % 2 == 0,
+            f"base.head_dim must be even, or 0, got {self.head_dim}; set base.head_dim=32",
+        )
+        require(
+            self.head_dim > 0 or self.hidden_size % (2 * self.num_heads) == 0,
             f"base.hidden_size must be a multiple of 2 * base.num_heads, got {self.hidden_size} "
             f"and {self.num_heads}; set base.hidden_size={2 * self.num_heads * 12}",
         )

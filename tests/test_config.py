@@ -77,7 +77,10 @@ def test_another_objective_takes_its_own_table_and_drops_the_other_options():
         (["--rollout.engine", "replay"], r"rollout.replay_dir go together"),
         (["--batch.updates_per_step", "3"], r"got 3 and 32; set batch.updates_per_step=2"),
         (["--eval.top_p", "1.5"], r"eval.top_p must be in \(0, 1\]"),
-        (["--base.hidden_size", "97"], r"base.hidden_size must be a multiple"),
+        (
+            ["--base.hidden_size", "97", "--base.head_dim", "0"],
+            r"base.hidden_size must be a multiple",
+        ),
     ],
 )
 def test_bad_settings_name_the_remedy(args, message):
@@ -115,6 +118,7 @@ def test_options_written_either_way_reach_the_objective():
         (["--optimizer.warmup_updates", "-4"], "optimizer.warmup_updates must be >= 0"),
         (["--base.num_heads", "0"], "base.num_heads must be >= 1"),
         (["--base.num_kv_heads", "0"], "base.num_kv_heads must be >= 1"),
+        (["--base.head_dim", "7"], "base.head_dim must be even, or 0, got 7"),
         (["--eval.num_prompts", "-1"], "eval.num_prompts must be >= 0"),
         (["--rollout.engine", "replay", "--rollout.replay_dir", "x"], "set eval.num_prompts=0"),
     ],

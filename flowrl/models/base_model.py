@@ -151,7 +151,7 @@ def _base_config(base: BaseConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3C
         num_hidden_layers=base.num_layers,
         num_attention_heads=base.num_heads,
         num_key_value_heads=base.num_kv_heads,
-        head_dim=base.hidden_size // base.num_heads,
+        head_dim=base.head_dim or base.hidden_size // base.num_heads,
         max_position_embeddings=CONTEXT_TOKENS,
         # Untied, as Qwen3 is from 8B on: pipeline ranks then share no weight, and V * D is small.
         tie_word_embeddings=False,

@@ -236,9 +236,7 @@ def _check_model(settings: EngineSettings) -> None:
     size = config.get("head_dim") or width // heads
     supported = CPUAttentionBackend.get_supported_head_sizes()
     if size not in supported:
-        fitting = next((n for n in range(heads, 0, -1) if width / n in supported), 1)
         raise EngineRefusedError(
             f"vLLM on a CPU has attention heads of {supported}, this model's have {size}; use "
-            f"another model, or for the built one set base.num_heads={fitting} and "
-            f"base.num_kv_heads={fitting}"
+            f"another model, or for the built one set base.head_dim={min(supported)}"
         )
