@@ -80,6 +80,9 @@ class TritonHead:
         self._fp8 = precision == "fp8"
         self._quantized_weight: tuple[Tensor, Tensor] | None = None
 
+    def columns_at_once(self, head: Head) -> int:
+        return head.weight.shape[0]
+
     def logit_bytes(self, head: Head) -> int:
         return self._workspace_dtype(head).itemsize
 

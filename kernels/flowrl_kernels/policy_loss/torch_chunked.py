@@ -163,7 +163,7 @@ class _Evaluation:
         }
         self._gradients = HeadGradients(
             call.head,
-            call.kernels.products,
+            call.kernels,
             hidden,
             weight,
             (needed[0], needed[1]),
@@ -212,8 +212,7 @@ class _Evaluation:
                 local = self._local(piece, out)
             dentropy = None if self._dentropy is None else self._dentropy[piece]
             incoming = RowGradients(self._dlogprobs[piece], entropy=dentropy)
-            self._call.kernels.dlogits_(self._head, targets[piece], out, local, done, incoming)
-            self._gradients.add(piece, out)
+            self._gradients.add(piece, targets[piece], out, local, done, incoming)
         return loss
 
     def _local(self, rows: RowIndex, out: Tensor | None) -> LocalStatistics:
