@@ -43,7 +43,8 @@ def write_interval(interval: Mapping[str, float] | None, form: str) -> str:
     """ "0.876 (0.871 to 0.880)"; a dash where nothing was measured."""
     if interval is None:
         return "-"
-    mean, low, high = (form.format(interval[key]) for key in ("mean", "low", "high"))
+    numbers = (round(interval[key], 9) + 0.0 for key in ("mean", "low", "high"))  # no -0.000
+    mean, low, high = (form.format(number) for number in numbers)
     return mean if low == high == mean else f"{mean} ({low} to {high})"
 
 
