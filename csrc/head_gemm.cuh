@@ -168,13 +168,14 @@ class HeadEpilogue {
         return __shfl_xor_sync(~0u, word, mask);
       });
       const int column = first_column + block_column(group, lane);
-      if (row < 0 || column >= params_.num_columns) continue;
-      if (column + 8 <= params_.num_columns) {
+      const int count = row < 0 ? 0 : params_.num_columns - column;
+      if (count >= 8) {
         *reinterpret_cast<uint4*>(out + column) = {words[0], words[1], words[2], words[3]};
-        continue;
+      } else {
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < 8; ++i)
+          if (i < count) out[column + i] = __ushort_as_bfloat16(words[i / 2] >> 16 * (i % 2));
       }
-      for (int i = 0; i < params_.num_columns - column; ++i)
-        out[column + i] = __ushort_as_bfloat16(words[i / 2] >> (i % 2 ? 16 : 0) & 0xffff);
     }
   }
 };

@@ -84,14 +84,16 @@ FLOWRL_HOST_DEVICE float e4m3_scale(float largest) {
 // of block q, in the order of the lanes. exchange(word, mask) gives the word of lane ^ mask.
 template <class Exchange>
 FLOWRL_HOST_DEVICE void transpose_quad(unsigned (&word)[4], int lane, Exchange exchange) {
-  for (int i = 0; i < 4; i += 2) {
-    const unsigned other = exchange(lane & 1 ? word[i] : word[i + 1], 1);
-    (lane & 1 ? word[i] : word[i + 1]) = other;
-  }
-  for (int i = 0; i < 2; ++i) {
-    const unsigned other = exchange(lane & 2 ? word[i] : word[i + 2], 2);
-    (lane & 2 ? word[i] : word[i + 2]) = other;
-  }
+  const auto swap = [&](unsigned& low, unsigned& high, int mask) {
+    const bool upper = lane & mask;  // keeps high, and gives low away
+    const unsigned other = exchange(upper ? low : high, mask);
+    low = upper ? other : low;
+    high = upper ? high : other;
+  };
+  swap(word[0], word[1], 1);
+  swap(word[2], word[3], 1);
+  swap(word[0], word[2], 2);
+  swap(word[1], word[3], 2);
 }
 
 }  // namespace flowrl
