@@ -39,7 +39,7 @@ def cutlass():
     too."""
     package = find_spec("cutlass_library")
     if package is None or shutil.which(os.environ.get("CUDACXX", "nvcc"), path=PATH) is None:
-        print("flowrl: without the CUDA operators (they need nvcc and nvidia-cutlass: make cuda)")
+        print("flowrl: without the CUDA operators (they need nvcc and nvidia-cutlass)")
         return None
     return Path(package.submodule_search_locations[0]) / "source/include"
 

@@ -10,12 +10,12 @@
 #include <cute/tensor.hpp>
 #include <cutlass/cutlass.h>
 #include <cutlass/epilogue/collective/detail.hpp>
-#include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
 #include "accumulator_rows.h"
 #include "cuda_operators.h"
+#include "head_tiles.h"
 #include "tile_arithmetic.h"
 
 namespace flowrl::cuda {
@@ -180,19 +180,15 @@ class HeadEpilogue {
   }
 };
 
-template <class Element, class TileShape, class Schedule, bool kStore, bool kScaled>
+template <class Tiles, bool kStore, bool kScaled>
 struct HeadGemm {
-  static constexpr int kAlignment = 16 / sizeof(Element);  // TMA
-  using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
-  using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, cutlass::layout::RowMajor,
-      kAlignment, Element, cutlass::layout::ColumnMajor, kAlignment, float, TileShape, Cluster,
-      cutlass::gemm::collective::StageCountAuto, Schedule>::CollectiveOp;
+  using Element = typename Tiles::Element;
   using Epilogue = cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<
       HeadEpilogue<kStore, kScaled>>;
-  using Kernel =
-      cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue>;
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>,
+                                                      Mainloop<Tiles>, Epilogue>;
   using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+  static_assert(Kernel::SharedStorageSize <= 227 << 10, "what a block of Hopper has");
 
   static const char* run(const HeadForward& call, Stream stream_pointer) {
     auto* stream = static_cast<cudaStream_t>(stream_pointer);

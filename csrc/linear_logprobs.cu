@@ -67,20 +67,12 @@ __global__ void __launch_bounds__(kQuantizeThreads) quantize_kernel(QuantizeRows
 
 }  // namespace
 
-// Two warpgroups take tiles in turn: one multiplies while the other reduces. 192 columns: the
-// widest tile whose accumulators leave registers for the reduction; a narrower one asks more of L2.
 const char* head_forward(const HeadForward& call, Stream stream) {
-  using Tile = cute::Shape<cute::_128, cute::Int<kTileColumns>, cute::_64>;
-  return HeadGemm<cutlass::bfloat16_t, Tile, cutlass::gemm::KernelTmaWarpSpecializedPingpong, false,
-                  false>::run(call, stream);
+  return HeadGemm<Bfloat16Tiles, false, false>::run(call, stream);
 }
 
-// Hopper's e4m3 products keep 14 bits while they accumulate: CUTLASS adds them up in float32 every
-// 128 of D, in a second set of accumulators. Both warpgroups share a tile.
 const char* head_forward_e4m3(const HeadForward& call, Stream stream) {
-  using Tile = cute::Shape<cute::_128, cute::Int<kTileColumnsE4m3>, cute::_128>;
-  return HeadGemm<cutlass::float_e4m3_t, Tile, cutlass::gemm::KernelTmaWarpSpecializedCooperative,
-                  false, true>::run(call, stream);
+  return HeadGemm<E4m3Tiles, false, true>::run(call, stream);
 }
 
 const char* head_merge(const HeadMerge& call, Stream stream) {

@@ -47,9 +47,7 @@ __global__ void __launch_bounds__(kThreads) dlogits_kernel(HeadGradient call) {
 }  // namespace
 
 const char* head_forward_store(const HeadForward& call, Stream stream) {
-  using Tile = cute::Shape<cute::_128, cute::Int<kTileColumns>, cute::_64>;
-  return HeadGemm<cutlass::bfloat16_t, Tile, cutlass::gemm::KernelTmaWarpSpecializedPingpong, true,
-                  false>::run(call, stream);
+  return HeadGemm<Bfloat16Tiles, true, false>::run(call, stream);
 }
 
 const char* head_dlogits(const HeadGradient& call, Stream stream_pointer) {

@@ -69,9 +69,9 @@ FLOWRL_HOST_DEVICE TileGradient tile_gradient(float tile_max, float row_max, flo
 template <bool kEntropy>
 FLOWRL_HOST_DEVICE float dlogit(float e, const TileGradient& tile) {
   const float p = e * tile.p_of_max;
-  float dz = p * tile.factor;
-  if (kEntropy && p > 0) dz -= p * (logf(e) + tile.log_p_of_max) * tile.slope;
-  return dz;
+  float factor = tile.factor;
+  if (kEntropy && p > 0) factor -= (logf(e) + tile.log_p_of_max) * tile.slope;
+  return p * factor;
 }
 
 // The scale of a row of e4m3 (x = q * scale) whose largest |x| is given; a row of zeros stays zeros.
