@@ -1,6 +1,6 @@
 """trajectory_balance in native code (csrc/trajectory_balance_cpu.cpp): each sequence read once.
 
-cuda_kernels.py is the same for a GPU: the two operators differ in the stream that the second one takes.
+cuda_kernels.py calls the same with the operator for a GPU, which takes a stream too.
 """
 
 from __future__ import annotations
