@@ -77,14 +77,11 @@ const char* head_forward_e4m3(const HeadForward& call, Stream stream) {
 
 const char* head_merge(const HeadMerge& call, Stream stream) {
   const dim3 block(kMergeRows, kMergeLists);
-  const int blocks = (call.num_rows + kMergeRows - 1) / kMergeRows;
-  merge_kernel<<<blocks, block, 0, static_cast<cudaStream_t>(stream)>>>(call);
-  return launch_error();
+  return launch(merge_kernel, (call.num_rows + kMergeRows - 1) / kMergeRows, block, stream, call);
 }
 
 const char* quantize_rows(const QuantizeRows& call, Stream stream) {
-  quantize_kernel<<<call.num_rows, kQuantizeThreads, 0, static_cast<cudaStream_t>(stream)>>>(call);
-  return launch_error();
+  return launch(quantize_kernel, call.num_rows, kQuantizeThreads, stream, call);
 }
 
 }  // namespace flowrl::cuda

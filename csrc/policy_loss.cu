@@ -50,16 +50,11 @@ const char* head_forward_store(const HeadForward& call, Stream stream) {
   return HeadGemm<Bfloat16Tiles, true, false>::run(call, stream);
 }
 
-const char* head_dlogits(const HeadGradient& call, Stream stream_pointer) {
-  auto* stream = static_cast<cudaStream_t>(stream_pointer);
-  const int columns_per_block = kThreads * kVector;
-  const dim3 grid((call.num_columns + columns_per_block - 1) / columns_per_block,
-                  std::min(call.num_rows, 65535));
-  if (call.slope)
-    dlogits_kernel<true><<<grid, kThreads, 0, stream>>>(call);
-  else
-    dlogits_kernel<false><<<grid, kThreads, 0, stream>>>(call);
-  return launch_error();
+const char* head_dlogits(const HeadGradient& call, Stream stream) {
+  constexpr int kColumns = kThreads * kVector;
+  const dim3 grid((call.num_columns + kColumns - 1) / kColumns, std::min(call.num_rows, 65535));
+  const auto kernel = call.slope ? dlogits_kernel<true> : dlogits_kernel<false>;
+  return launch(kernel, grid, kThreads, stream, call);
 }
 
 }  // namespace flowrl::cuda

@@ -1,8 +1,6 @@
 // trajectory_balance on a GPU: a block a sequence, then one block that adds up the loss. Every sum
 // has its order from the lengths alone.
 
-#include <cuda_runtime.h>
-
 #include "balance_arithmetic.h"
 #include "cuda_operators.h"
 #include "launch.cuh"
@@ -58,12 +56,12 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 const char* trajectory_balance(const BalanceInputs& in, const BalanceOutputs& out, float* loss,
-                               int64_t num_sequences, Stream stream_pointer) {
-  auto* stream = static_cast<cudaStream_t>(stream_pointer);
-  if (num_sequences > 0) balance_kernel<<<num_sequences, kThreads, 0, stream>>>(in, out);
-  if (const char* error = launch_error()) return error;
-  loss_kernel<<<1, kThreads, 0, stream>>>(out.terms, num_sequences, in.options.scale, loss);
-  return launch_error();
+                               int64_t num_sequences, Stream stream) {
+  const char* error = nullptr;
+  if (num_sequences > 0) error = launch(balance_kernel, num_sequences, kThreads, stream, in, out);
+  if (error) return error;
+  const double scale = in.options.scale;
+  return launch(loss_kernel, 1, kThreads, stream, out.terms, num_sequences, scale, loss);
 }
 
 }  // namespace flowrl::cuda
