@@ -13,7 +13,7 @@
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 if [ $# -lt 1 ]; then
-  sed -n '2,13p' "$0"
+  sed -n '2,12p' "$0"
   exit 2
 fi
 mkdir -p "$1"
@@ -97,7 +97,7 @@ for part in "${parts[@]}"; do
         under="compute-sanitizer --error-exitcode 9" test_files sanitize \
           "$root"/tests/kernels/on_cuda_*.py -k "error_budget and (65 or bound or 100)"
         under="compute-sanitizer --tool racecheck --error-exitcode 9" test_files racecheck \
-          "$root"/tests/kernels/on_cuda_*.py -k "error_budget and (129-193 or bound0)"
+          "$root"/tests/kernels/on_cuda_*.py -k "error_budget and (193-129 or bound1)"
       fi
       ;;
     tests) test_files tests "$root"/tests/kernels/on_triton_*.py ;;
