@@ -1,4 +1,4 @@
-"""The CUDA kernels, but for the logits product, on the processor: emulated/emulated_device.py."""
+"""The CUDA kernels, but for the logits product, on the processor: see emulated_device.py."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from emulated_device import CSRC, toolkit_headers
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "emulated"))
-
-from emulated_device import CSRC, toolkit_headers  # noqa: E402
 
 if shutil.which("c++") is None or toolkit_headers() is None:
     pytest.skip("needs a C++ compiler and the CUDA toolkit's headers", allow_module_level=True)
@@ -22,7 +20,7 @@ if shutil.which("c++") is None or toolkit_headers() is None:
 
 def run_emulated(*arguments: str, change: str = "=>") -> tuple[int, str]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment |= {"PYTHONPATH": str(HERE / "emulated"), "EMULATED_CHANGE": change}
+    environment |= {"PYTHONPATH": str(HERE), "EMULATED_CHANGE": change}
     command = [sys.executable, "-m", "pytest", "-p", "emulated_device", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, "-W", "ignore", *map(str, sorted(HERE.glob("on_cuda_*.py"))), *arguments],

@@ -1,10 +1,10 @@
 """A pytest plugin: the backend cuda with the processor in the place of the GPU.
 
-    TRITON_INTERPRET=1 PYTHONPATH=tests/kernels/emulated pytest -p emulated_device \\
+    TRITON_INTERPRET=1 PYTHONPATH=tests/kernels pytest -p emulated_device \\
         tests/kernels/on_cuda_head.py
 
 csrc/operators_cuda.cpp and csrc/*.cu are compiled for the processor with the launch.cuh and the
-head_gemm.cuh of this folder: the threads of a block are threads, and the logits product, which is
+head_gemm.cuh of emulated/: the threads of a block are threads, and the logits product, which is
 CUTLASS's on a GPU, is a loop over the same tiles with the same arithmetic. So the other kernels,
 the operators' checks and the drivers above them run as they are, in small sizes. Needs a C++
 compiler and the headers of the CUDA toolkit. test_emulated_kernels.py starts it, and to see that a
@@ -26,8 +26,8 @@ from flowrl_kernels.head import cuda_head
 from flowrl_kernels.trajectory_balance import cuda_kernels
 from torch import Tensor
 
-HERE = Path(__file__).parent
-CSRC = HERE.parent.parent.parent / "csrc"
+HEADERS = Path(__file__).with_name("emulated")
+CSRC = Path(__file__).parent.parent.parent / "csrc"
 
 
 def toolkit_headers() -> Path | None:
@@ -44,7 +44,7 @@ def build(folder: Path) -> Path:
     for source in CSRC.glob("*.cu"):
         text = source.read_text()
         (folder / f"{source.stem}.cpp").write_text(text.replace(old, new) if old else text)
-    for header in HERE.glob("*.cuh"):  # found before csrc/'s
+    for header in HEADERS.glob("*.cuh"):  # found before csrc/'s
         shutil.copy(header, folder)
     operators = (CSRC / "operators_cuda.cpp").read_text()
     operators = operators.replace("(flowrl_cuda, CUDA,", "(flowrl_emulated, CPU,")
@@ -78,7 +78,7 @@ def pytest_configure() -> None:
         cuda_kernels._backward,
         setup_context=cuda_kernels.keep_gradients,
     )
-    torch.ops.flowrl_cuda = torch.ops.flowrl_emulated
+    torch.ops.flowrl_cuda = torch.ops.flowrl_emulated  # type: ignore[attr-defined]
     torch.cuda.device = lambda device: contextlib.nullcontext()  # type: ignore[assignment]
     cuda_support._device_problem = lambda call: None
     cuda_support.stream_of = cuda_head.stream_of = lambda tensor: 0
