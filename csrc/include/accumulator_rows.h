@@ -1,5 +1,5 @@
 // Which row and column of the product each accumulator of a thread belongs to, from CuTe's own
-// partition. tests/kernels/accumulator_rows.cu checks it for every thread on the processor.
+// partition. tests/kernels/epilogue.cu checks it for every thread on the processor.
 #pragma once
 
 #include <cute/tensor.hpp>

@@ -135,17 +135,23 @@ def test_quad_transpose(functions):
     assert torch.equal(turned, words.T)
 
 
-def test_accumulators_are_where_the_epilogue_takes_them_to_be(tmp_path):
+def test_the_epilogue_finds_every_logit_where_the_tensor_core_leaves_it(tmp_path):
+    """csrc/head_epilogue.cuh itself, lane by lane: see epilogue.cu."""
     nvcc, package = shutil.which("nvcc"), find_spec("cutlass_library")
     if nvcc is None or package is None:
         pytest.skip("needs nvcc and CUTLASS's headers (pip install --no-deps nvidia-cutlass)")
     assert package.submodule_search_locations is not None
     headers = Path(package.submodule_search_locations[0]) / "source/include"
-    program = tmp_path / "accumulator_rows"
-    options = ["-std=c++17", "-arch=sm_90a", "--expt-relaxed-constexpr", f"-I{INCLUDE}"]
-    source = str(HERE / "accumulator_rows.cu")
-    subprocess.run([nvcc, *options, "-isystem", str(headers), source, "-o", program], check=True)
+    program = tmp_path / "epilogue"
+    options = ["-std=c++20", "-arch=sm_90a", "-DNDEBUG", "--expt-relaxed-constexpr"]
+    options += [f"-I{INCLUDE.parent}", f"-I{INCLUDE}", "-isystem", str(headers)]
+    source = str(HERE / "epilogue.cu")
+    subprocess.run([nvcc, *options, source, "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert "bfloat16: 128 threads, 128 x 192, 0 faults" in done.stdout
     assert "e4m3: 256 threads, 128 x 128, 0 faults" in done.stdout
+    assert done.stdout.count("store: 0 faults") == 5
+    wrong = subprocess.run([program, "wrong"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 1  # negative control
+    assert "the target of row 0 is" in wrong.stdout
