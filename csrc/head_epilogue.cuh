@@ -1,7 +1,7 @@
-// The reduction that takes the place of the store of logits: per row and tile the maximum and the sums,
-// the target's logit and, for the gradient, E.
+// The reduction that takes the place of the store of logits: per row and tile the maximum and the
+// sums, the target's logit and, for the gradient, E.
 //
-// It reads the float32 accumulators where they are: a row of a tile lies in the four lanes of a quad.
+// It reads the float32 accumulators where they are: a row of a tile lies in a quad's four lanes.
 // tests/kernels/epilogue.cu runs it on the processor, lane by lane.
 #pragma once
 
@@ -159,8 +159,8 @@ class HeadEpilogue {
   // A lane holds pairs of columns, a quad eight in a row. Four such blocks at a time are turned, so
   // that each lane writes eight columns, 16 bytes, of one block.
   template <class Logits, class Coordinates>
-  CUTLASS_HOST_DEVICE void store_row(const Logits& e, const Coordinates& at, int r, int first_column,
-                                int row) {
+  CUTLASS_HOST_DEVICE void store_row(const Logits& e, const Coordinates& at, int r,
+                                     int first_column, int row) {
     using namespace cute;
     constexpr int kPairs = size<1>(Logits{}) / 2;
     static_assert(kPairs % 4 == 0, "whole groups of four blocks");

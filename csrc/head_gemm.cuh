@@ -31,7 +31,7 @@ struct HeadGemm {
     if (cudaGetDevice(&hardware.device_id) != cudaSuccess) return "found no CUDA device";
     hardware.sm_count =
         cutlass::KernelHardwareInfo::query_device_multiprocessor_count(hardware.device_id);
-    const auto stride = [](int64_t rows) { return cute::make_stride(rows, cute::_1{}, int64_t{0}); };
+    const auto stride = [](int64_t row) { return cute::make_stride(row, cute::_1{}, int64_t{0}); };
     typename Device::Arguments arguments{
         cutlass::gemm::GemmUniversalMode::kGemm,
         {call.num_rows, call.num_columns, call.dim, 1},

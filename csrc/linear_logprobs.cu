@@ -15,8 +15,8 @@ constexpr int kMergeRows = 32;   // of a block, one a lane
 constexpr int kMergeLists = 16;  // strided lists of tiles, one a warp
 constexpr int kQuantizeThreads = 256;
 
-// A row's tiles s, s + kMergeLists, ... are one warp's; the lists are added in order. Which sums are
-// added to which depends on the number of tiles alone.
+// A row's tiles s, s + kMergeLists, ... are one warp's; the lists are added in order. Which sums
+// are added to which depends on the number of tiles alone.
 __global__ void __launch_bounds__(kMergeRows * kMergeLists) merge_kernel(HeadMerge call) {
   __shared__ Partial lists[kMergeLists][kMergeRows];
   const int row = blockIdx.x * kMergeRows + threadIdx.x;

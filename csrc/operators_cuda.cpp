@@ -167,7 +167,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const Tensor loss = torch::stable::new_empty(logprobs, {});
   const Tensor residual = per_sequence(), log_weight = per_sequence(), weight = per_sequence();
   const Tensor mean_current = per_sequence(), mean_ref = per_sequence(), dlog_z = per_sequence();
-  const Tensor num_tokens = per_sequence(ScalarType::Long), terms = per_sequence(ScalarType::Double);
+  const Tensor num_tokens = per_sequence(ScalarType::Long);
+  const Tensor terms = per_sequence(ScalarType::Double);
   const Tensor dlogprobs = torch::stable::new_empty(logprobs, {T});
   const BalanceOutputs out = {
       checked<float>(residual, N, "residual"),

@@ -1,5 +1,5 @@
-// linear_policy_loss on Hopper: the product that keeps E = exp(z - its tile's maximum), and E turned
-// in place into d(logits).
+// linear_policy_loss on Hopper: the product that keeps E = exp(z - its tile's maximum), and E
+// turned in place into d(logits).
 
 #include <algorithm>
 

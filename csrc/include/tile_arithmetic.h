@@ -74,7 +74,7 @@ FLOWRL_HOST_DEVICE float dlogit(float e, const TileGradient& tile) {
   return p * factor;
 }
 
-// The scale of a row of e4m3 (x = q * scale) whose largest |x| is given; a row of zeros stays zeros.
+// The scale of a row of e4m3 (x = q * scale) with the given largest |x|; zeros stay zeros.
 constexpr float kLargestE4m3 = 448.0f;
 FLOWRL_HOST_DEVICE float e4m3_scale(float largest) {
   return (largest > 1e-30f ? largest : 1e-30f) / kLargestE4m3;

@@ -11,7 +11,7 @@ using namespace flowrl;
 
 extern "C" {
 
-// z (columns,) in tiles of `width`: E (columns,) and, per tile, maximum, sum and sum of E (z - max).
+// z (columns,) in tiles of `width`: E (columns,) and, per tile, maximum, sum, sum of E (z - max).
 // The last tile is filled up with kNoLogit, as on the GPU.
 void reduce_row(const float* z, int columns, int width, float* e, Partial* tiles) {
   for (int first = 0; first < columns; first += width) {

@@ -1,4 +1,4 @@
-// Kernels on the processor: a block's threads are threads, blocks run one after the other. Takes the
+// Kernels on the processor: a block's threads are threads, blocks run one after the other. In the
 // place of csrc/launch.cuh (test_emulated_kernels.py).
 #pragma once
 
