@@ -24,6 +24,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt CMakeLists.txt $(wil
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade "pip>=25" "setuptools>=77" wheel
 	-$(PIP) -c constraints.txt cmake ninja  # for the native operators, which are optional
+	-if command -v nvcc >/dev/null; then $(PIP) --no-deps -c constraints.txt nvidia-cutlass; fi
 ifeq ($(TORCH),)
 	$(PIP) -c constraints.txt "torch==2.13.0+cpu" 2>/dev/null \
 	  || $(PIP) --retries 0 --timeout 20 --index-url $(TORCH_CPU_INDEX) "torch==2.13.0" 2>/dev/null \

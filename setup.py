@@ -1,4 +1,7 @@
-"""The native operators, built by CMake. FLOWRL_BUILD_NATIVE: auto (what this machine can), 1, 0."""
+"""The native operators, built by CMake. FLOWRL_BUILD_NATIVE: auto (what this machine can), 1, 0.
+
+The CUDA operators are part of them where nvcc and CUTLASS are: see csrc/README.md.
+"""
 
 import os
 import shutil
@@ -21,13 +24,24 @@ class CMakeBuild(build_ext):
 
         target = Path(self.get_ext_fullpath(ext.name))
         work = ROOT / "build/native"  # kept: the next build compiles what has changed
-        options = [f"-DTORCH_ROOT={torch.__path__[0]}", "-G", "Ninja", "-S", str(ROOT)]
+        options = [f"-DTORCH_ROOT={torch.__path__[0]}", f"-DCUTLASS_ROOT={cutlass() or ''}"]
+        options += ["-G", "Ninja", "-S", str(ROOT)]
         environment = {**os.environ, "PATH": PATH}
         for step in (["-B", str(work), *options], ["--build", str(work)]):
             cmake = shutil.which("cmake", path=PATH) or "cmake"
             subprocess.run([cmake, *step], check=True, env=environment)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(work / target.name, target)
+
+
+def cutlass():
+    """CUTLASS's headers, from the package nvidia-cutlass; None: no CUDA operators. They need nvcc
+    too."""
+    package = find_spec("cutlass_library")
+    if package is None or shutil.which(os.environ.get("CUDACXX", "nvcc"), path=PATH) is None:
+        print("flowrl: without the CUDA operators (they need nvcc and nvidia-cutlass)")
+        return None
+    return Path(package.submodule_search_locations[0]) / "source/include"
 
 
 def missing():

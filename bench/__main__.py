@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "kernels"))
 
 BENCHMARKS = ("linear_logprobs", "policy_loss", "trajectory_balance")
+OTHERS = ("aot", "cuda_code", "tune", "compare", "table")
 
 
 def main(arguments: list[str]) -> int:
@@ -17,9 +18,9 @@ def main(arguments: list[str]) -> int:
         from bench.run import main as run
 
         return run(arguments)
-    if arguments and arguments[0] in ("aot", "tune", "compare", "table"):
+    if arguments and arguments[0] in OTHERS:
         return import_module(f"bench.{arguments[0]}").main(arguments[1:])
-    print(f"usage: python -m bench {{{','.join(BENCHMARKS)},aot,tune,compare,table}} [--help]")
+    print(f"usage: python -m bench {{{','.join(BENCHMARKS + OTHERS)}}} [--help]")
     return 0 if arguments in (["-h"], ["--help"]) else 2
 
 

@@ -105,7 +105,8 @@ def _without_gradients(head: Head, problem: Problem) -> Step:
 def _check(backend: str, operator: str, problem: Problem) -> None:
     hidden = problem.hidden
     try:
-        backends.resolve(operator, backend, backends.Call(hidden.device, hidden.dtype))
+        call = backends.Call(hidden.device, hidden.dtype, dim=hidden.shape[1])
+        backends.resolve(operator, backend, call)
     except ValueError as error:
         raise Unavailable(str(error)) from error
 
@@ -158,7 +159,9 @@ def providers(benchmark: str, backward: bool) -> dict[str, Provider | PolicyLoss
         if name != "reference" and benchmark == "policy_loss" and backward
     ]
     if not backward:
-        ours.append(Provider("flowrl triton fp8", "logprobs", _ours("triton", "fp8"), "inexact"))
+        for name in ("triton", "cuda"):
+            fp8 = Provider(f"flowrl {name} fp8", "logprobs", _ours(name, "fp8"), "inexact")
+            ours.append(fp8)
     torch_only = [
         Provider("torch", "logprobs", lambda *_: _naive, "all logits at once"),
         Provider("torch.compile", "logprobs", _compiled, "all logits at once"),

@@ -91,6 +91,7 @@ def examine() -> Iterator[Finding]:
     yield device_finding()
     yield kernels_finding()
     yield native_finding()
+    yield cuda_finding()
     yield from program_findings()
 
 
@@ -219,6 +220,19 @@ def native_finding() -> Finding:
         state = "wrong" if native_library.LIBRARY.exists() else "missing"
         return Finding("native library", state, found, purpose, native_library.BUILD)
     return Finding("native library", "ok", f"CPU: {native_library.level()}", purpose)
+
+
+def cuda_finding() -> Finding:
+    """The CUDA operators in the same library: a build without nvcc or CUTLASS leaves them out."""
+    part, purpose = "CUDA operators", "backend cuda on H100 and H200, by name only: not run yet"
+    try:
+        from flowrl_kernels import cuda_support
+    except (ImportError, OSError) as error:
+        return Finding(part, "missing", str(error), purpose, "make install")
+    problem = cuda_support.build_problem()
+    if problem is not None:
+        return Finding(part, "missing", problem.split(" (")[0], purpose, cuda_support.BUILD)
+    return Finding(part, "ok", "built for compute capability 9.0", purpose)
 
 
 def program_findings() -> Iterator[Finding]:

@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("cuda", "native", "torch", "triton", "reference")
-"""The order in which an unnamed backend is picked. triton moves up to second once it has run on a
-GPU: until then it has to be named."""
+BACKENDS = ("native", "torch", "triton", "cuda", "reference")
+"""The order in which an unnamed backend is picked. triton and cuda move to the front once they have
+run on a GPU: until then torch comes before them."""
+ONLY_BY_NAME = frozenset({"cuda"})
+"""Never picked unnamed, not even where nothing else can run the call: has never run on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Call:
     dtype: torch.dtype
     features: frozenset[str] = frozenset()
     """Of "group" (sharded vocabulary), "fp8", "entropy" and "main_grad": the ones in use."""
+    dim: int | None = None
+    """Columns of hidden and weight; None where the operator has neither."""
 
 
 CanRun = Callable[[Call], str | None]
@@ -92,18 +96,21 @@ def implemented(operator: str) -> list[str]:
 
 
 def resolve(operator: str, backend: str | None, call: Call) -> Implementation:
-    """The implementation of `operator` that `call` gets: `backend`, or the best that can run.
+    """The implementation of `operator` that `call` gets: `backend`, or the best that can run and is
+    picked unnamed.
 
     Raises ValueError for an unknown backend, and for one that cannot run: why, and what can."""
     implementations = _registry[operator]
     refusals = {name: item.can_run(call) for name, item in implementations.items()}
     able = [name for name in BACKENDS if name in refusals and refusals[name] is None]
-    if backend is None and able:
-        return implementations[able[0]]
     if backend in able:
         return implementations[backend]
     if backend is None:
-        why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+        for name in able:
+            if name not in ONLY_BY_NAME:
+                return implementations[name]
+        by_name = "runs only where it is named"
+        why = "; ".join(f"{name}: {reason or by_name}" for name, reason in refusals.items())
         raise ValueError(f"no backend of {operator} can run this call ({why})")
     if backend not in BACKENDS:
         why = f"must be one of {', '.join(BACKENDS)}"

@@ -278,7 +278,7 @@ def test_empty_batch(backend):
         ({"response_mask": torch.ones(9)}, "response_mask must be bool"),
         ({"cu_seqlens": torch.tensor([0.0, 9.0])}, "cu_seqlens must be"),
         ({"backend": "triton"}, "'triton' takes float32 log-probs, not torch.float64"),
-        ({"backend": "best"}, "'best' must be one of cuda, native"),
+        ({"backend": "best"}, "'best' must be one of native, torch"),
     ],
 )
 def test_bad_arguments(change, message):

@@ -1,7 +1,8 @@
 """Where the Triton tests run: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1) on a CPU.
 
 `python -m pytest tests/kernels/on_triton_*.py` runs them on a GPU; test_triton_interpreter.py runs
-the same files in the interpreter, in processes of their own: triton reads the variable once.
+the same files in the interpreter, in processes of their own: triton reads the variable once. The
+tests of the CUDA operators (on_cuda_*.py) share these cases and need a GPU.
 """
 
 from __future__ import annotations
@@ -34,9 +35,16 @@ def case_here(num_rows: int, vocab: int, dim: int = 16, **options) -> Case:
     return Case(case.hidden.to(DEVICE), case.weight.to(DEVICE), case.targets.to(DEVICE))
 
 
-def judge(case: Case, dtype: torch.dtype, *, but: tuple[str, ...] = (), **options) -> None:
-    """Every output and gradient of the triton backend keeps the error budget, `but` some."""
-    fused = outputs_and_gradients(case, dtype, backend="triton", **options)
+def judge(
+    case: Case,
+    dtype: torch.dtype,
+    *,
+    backend: str = "triton",
+    but: tuple[str, ...] = (),
+    **options,
+) -> None:
+    """Every output and gradient of the backend keeps the error budget, `but` some."""
+    fused = outputs_and_gradients(case, dtype, backend=backend, **options)
     options.pop("max_logits_bytes", None)
     plain = outputs_and_gradients(case, dtype, backend="reference", **options)
     truth = outputs_and_gradients(case, torch.float64, backend="reference", **options)

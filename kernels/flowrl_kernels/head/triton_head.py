@@ -9,15 +9,9 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from flowrl_kernels.head import (
-    Head,
-    LocalStatistics,
-    Products,
-    RowGradients,
-    RowStatistics,
-    products,
-)
+from flowrl_kernels.head import Head, RowStatistics
 from flowrl_kernels.head.products import is_mixed
+from flowrl_kernels.head.tiled_head import ByRow, Reduced, TiledHead
 from flowrl_kernels.head.triton_kernels import (
     _dlogits_kernel,
     _head_fwd_kernel,
@@ -65,91 +59,35 @@ def tiles_for(dtype: torch.dtype, store: bool, device: torch.device) -> Tiles:
     return Tiles(128, 256, 64, 16, 8, 3 if store else 4)
 
 
-@dataclass(frozen=True)
-class TritonStatistics(LocalStatistics):
-    tile_max: Tensor  # (S, n) maximum of each row of each tile: E is relative to it
+class TritonHead(TiledHead):
+    """HeadKernels on the kernels of triton_kernels.py."""
 
-
-class TritonHead:
-    """HeadKernels. The logits live in registers; `out` holds E = exp(z - tile's maximum)."""
-
-    products: Products = products
-    forward_needs_workspace = False
-
-    def __init__(self, precision: str = "native") -> None:
-        self._fp8 = precision == "fp8"
-        self._quantized_weight: tuple[Tensor, Tensor] | None = None
-
-    def columns_at_once(self, head: Head) -> int:
-        return head.weight.shape[0]
-
-    def logit_bytes(self, head: Head) -> int:
-        return self._workspace_dtype(head).itemsize
-
-    def workspace(self, head: Head, num_rows: int) -> Tensor:  # (num_rows, V_valid)
-        """Rows start at multiples of 128 bytes: what the gradient products need for full speed."""
-        columns = head.weight.shape[0]
-        padded = ceil_div(columns, 64) * 64
-        dtype = self._workspace_dtype(head)
-        return head.weight.new_empty(num_rows, padded, dtype=dtype)[:, :columns]
-
-    def statistics(
-        self, head: Head, hidden: Tensor, targets: Tensor, out: Tensor | None
-    ) -> LocalStatistics:
-        weight, scales = head.weight, (None, None)
-        if self._fp8:
-            if self._quantized_weight is None:
-                self._quantized_weight = quantize_rows(weight)
-            hidden, of_rows = quantize_rows(hidden)
-            weight, of_columns = self._quantized_weight
-            scales = (of_rows, of_columns)
-        scale = 1 / head.temperature
-        row_max, sum_exp, target, sum_exp_z, tile_max = head_statistics(
-            hidden, weight, targets, out, *scales, scale, head.vocab_start, head.entropy
-        )
-        of_entropy = sum_exp_z if head.entropy else None
-        return TritonStatistics(row_max, sum_exp, target, of_entropy, tile_max)
-
-    def dlogits_(
-        self,
-        head: Head,
-        targets: Tensor,
-        out: Tensor,
-        local: LocalStatistics,
-        rows: RowStatistics,
-        gradients: RowGradients,
-    ) -> None:
-        assert isinstance(local, TritonStatistics), type(local)
-        logprobs, dlogprobs = rows.logprobs, gradients.logprobs
-        factor = -dlogprobs
-        off_target = torch.zeros_like(factor)  # the part of factor that has no (p - 1) in it
-        if gradients.lse is not None:
-            off_target = off_target + gradients.lse
-        if gradients.entropy is not None:
-            assert rows.entropy is not None, "entropy gradient without entropy statistics"
-            off_target = off_target - gradients.entropy * rows.entropy
-        factor = factor + off_target
-        slope = gradients.entropy
-        at_target = off_target if slope is None else off_target - slope * logprobs
-        # expm1(log p) is p - 1 with all its digits, where p is near 1 too.
-        at_target = logprobs.exp() * at_target - dlogprobs * torch.expm1(logprobs)
-        column, owned = head.own_targets(targets)
-        scale = 1 / head.temperature
-        head_dlogits_(
-            out,
-            local.tile_max,
-            rows.row_max,
-            rows.log_sum,
-            factor * scale,
-            None if slope is None else slope * scale,
-            at_target * scale,
-            column.where(owned, -1),
-            tiles_for(head.weight.dtype, True, out.device).block_v,
-        )
-
-    def _workspace_dtype(self, head: Head) -> torch.dtype:
+    def workspace_dtype(self, head: Head) -> torch.dtype:
         weight = head.weight
         return weight.dtype if is_mixed(weight.dtype, weight.device) else head.dtype
+
+    def quantize_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_rows(x)
+
+    def reduce(
+        self,
+        head: Head,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        out: Tensor | None,
+        scales: tuple[Tensor, Tensor] | tuple[None, None],
+    ) -> Reduced:
+        scale = 1 / head.temperature
+        return head_statistics(
+            hidden, weight, targets, out, *scales, scale, head.vocab_start, head.entropy
+        )
+
+    def turn_into_dlogits_(
+        self, head: Head, out: Tensor, tile_max: Tensor, rows: RowStatistics, by_row: ByRow
+    ) -> None:
+        block_v = tiles_for(head.weight.dtype, True, out.device).block_v
+        head_dlogits_(out, tile_max, rows.row_max, rows.log_sum, *by_row, block_v)
 
 
 @torch.library.custom_op("flowrl_kernels::head_statistics", mutates_args={"out"})

@@ -1,7 +1,7 @@
 """Log-probabilities of target tokens under a linear output layer, without its logits.
 
-`reference.py` is the definition, `torch_chunked.py` the same in chunks of rows, with PyTorch's or
-Triton's kernels (`flowrl_kernels/head`).
+`reference.py` is the definition, `torch_chunked.py` the same in chunks of rows, with the kernels of
+one of the other backends (`flowrl_kernels/head`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from flowrl_kernels import backends, checks, native_library, triton_support
+from flowrl_kernels import backends, checks, cuda_support, native_library, triton_support
+from flowrl_kernels.head import HeadKernels
+from flowrl_kernels.head.cuda_head import CudaHead
 from flowrl_kernels.head.native_kernels import NativeHead, logits_bytes
 from flowrl_kernels.linear_logprobs import reference, torch_chunked
 from flowrl_kernels.linear_logprobs.contract import LinearLogprobs
@@ -55,11 +57,10 @@ def linear_logprobs(
 
     The chunked backends hold at most `max_logits_bytes` of logits (default 256 MiB on a CPU, 160
     MiB or less by native code, 3 GiB on CUDA), store the log-sum-exp and make the logits a second
-    time in backward: 8 T D V flop in all. The
-    triton backend holds none in forward.
+    time in backward: 8 T D V flop in all. The backends triton and cuda hold none in forward.
 
-    precision="fp8" (triton only) multiplies rows of hidden and weight rounded to e4m3, each with
-    its own scale, and has no gradient: log-probs are off by 0.01 to 1, too much for importance
+    precision="fp8" (triton and cuda) multiplies rows of hidden and weight rounded to e4m3, each
+    with its own scale, and has no gradient: log-probs are off by 0.01 to 1, too much for importance
     weights.
 
     Raises ValueError for shapes, dtypes, devices, targets or options out of range, for fp8 where a
@@ -82,9 +83,8 @@ def linear_logprobs(
         "use precision='native'",
     )
     in_use = {"group": group is not None, "fp8": precision == "fp8", "entropy": entropy != "none"}
-    call = backends.Call(
-        hidden.device, hidden.dtype, frozenset(name for name, used in in_use.items() if used)
-    )
+    features = frozenset(name for name, used in in_use.items() if used)
+    call = backends.Call(hidden.device, hidden.dtype, features, hidden.shape[1])
     return backends.resolve("linear_logprobs", backend, call).run(
         hidden,
         weight,
@@ -111,11 +111,15 @@ def _torch_can_run(call: backends.Call) -> str | None:
     return "has no FP8 product" if "fp8" in call.features else None
 
 
-def _triton(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, precision: str, **options: Any
+def _tiled(
+    kernels: HeadKernels,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    precision: str,
+    **options: Any,
 ) -> LinearLogprobs:
-    from flowrl_kernels.head.triton_head import TritonHead  # a machine may lack triton
-
     checks.require(
         precision == "native"
         or not torch.is_grad_enabled()
@@ -125,11 +129,22 @@ def _triton(
         "call it under torch.no_grad() or use precision='native'",
     )
     return torch_chunked.linear_logprobs(
-        hidden, weight, targets, precision=precision, kernels=TritonHead(precision), **options
+        hidden, weight, targets, precision=precision, kernels=kernels, **options
     )
 
 
+def _triton(*args: Any, precision: str, **options: Any) -> LinearLogprobs:
+    from flowrl_kernels.head.triton_head import TritonHead  # a machine may lack triton
+
+    return _tiled(TritonHead(precision), *args, precision=precision, **options)
+
+
+def _cuda(*args: Any, precision: str, **options: Any) -> LinearLogprobs:
+    return _tiled(CudaHead(precision), *args, precision=precision, **options)
+
+
 backends.register("linear_logprobs", "triton", triton_support.refusal)(_triton)
+backends.register("linear_logprobs", "cuda", cuda_support.refusal)(_cuda)
 
 
 def _native(

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from flowrl_kernels import backends, checks, native_library, triton_support
+from flowrl_kernels import backends, checks, cuda_support, native_library, triton_support
+from flowrl_kernels.head.cuda_head import CudaHead
 from flowrl_kernels.head.native_kernels import NativeHead, logits_bytes
 from flowrl_kernels.policy_loss import reference, torch_chunked
 from flowrl_kernels.policy_loss.contract import Objective, PolicyLoss, Rows
@@ -86,9 +87,8 @@ def linear_policy_loss(
         "entropy": entropy != "none",
         "main_grad": main_grad is not None,
     }
-    call = backends.Call(
-        hidden.device, hidden.dtype, frozenset(name for name, used in in_use.items() if used)
-    )
+    features = frozenset(name for name, used in in_use.items() if used)
+    call = backends.Call(hidden.device, hidden.dtype, features, hidden.shape[1])
     return backends.resolve("linear_policy_loss", backend, call).run(
         hidden,
         weight,
@@ -166,7 +166,12 @@ def _triton(*args: Any, **options: Any) -> PolicyLoss:
     return torch_chunked.linear_policy_loss(*args, kernels=TritonHead(), **options)
 
 
+def _cuda(*args: Any, **options: Any) -> PolicyLoss:
+    return torch_chunked.linear_policy_loss(*args, kernels=CudaHead(), **options)
+
+
 backends.register("linear_policy_loss", "triton", triton_support.refusal)(_triton)
+backends.register("linear_policy_loss", "cuda", cuda_support.refusal)(_cuda)
 
 
 def _native(

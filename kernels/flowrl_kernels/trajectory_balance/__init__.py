@@ -1,7 +1,7 @@
 """The trajectory-balance loss of packed log-probs, with its gradients.
 
 `reference.py` is the definition, `torch_packed.py` the same over all sequences at once,
-`triton_kernels.py` in one launch.
+`triton_kernels.py` in one launch, `native.py` and `cuda_kernels.py` in csrc/.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowrl_kernels import backends, checks, native_library, triton_support
-from flowrl_kernels.trajectory_balance import native, reference, torch_packed
+from flowrl_kernels import backends, checks, cuda_support, native_library, triton_support
+from flowrl_kernels.trajectory_balance import cuda_kernels, native, reference, torch_packed
 from flowrl_kernels.trajectory_balance.contract import TrajectoryBalance, WeightBound
 
 __all__ = ["TrajectoryBalance", "WeightBound", "trajectory_balance"]
@@ -124,3 +124,6 @@ backends.register("trajectory_balance", "triton", _triton_can_run)(_triton)
 backends.register("trajectory_balance", "reference", _can_run)(reference.trajectory_balance)
 backends.register("trajectory_balance", "torch", _can_run)(torch_packed.trajectory_balance)
 backends.register("trajectory_balance", "native", native_library.can_run)(native.trajectory_balance)
+backends.register("trajectory_balance", "cuda", cuda_support.balance_refusal)(
+    cuda_kernels.trajectory_balance
+)

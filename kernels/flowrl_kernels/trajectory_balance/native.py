@@ -1,6 +1,11 @@
-"""trajectory_balance in native code (csrc/trajectory_balance_cpu.cpp): each sequence read once."""
+"""trajectory_balance in native code (csrc/trajectory_balance_cpu.cpp): each sequence read once.
+
+cuda_kernels.py calls the same with the operator for a GPU, which takes a stream too.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,12 +32,14 @@ def trajectory_balance(
     weight_bound: WeightBound | None,
     length_norm: bool,
     scale: float,
+    operator: Callable[..., tuple[Tensor, ...]] | None = None,  # None: the CPU's
+    stream: tuple[int] | tuple[()] = (),
 ) -> TrajectoryBalance:
     if weight_bound is None:
         low, high = 0.0, 0.0  # log w is held at 0: w = 1
     else:
         low, high = weight_bound.log_low, weight_bound.log_high
-    loss, *rest = torch.ops.flowrl_native.trajectory_balance(
+    loss, *rest = (operator or torch.ops.flowrl_native.trajectory_balance)(
         logprobs.contiguous(),
         None if old_logprobs is None else old_logprobs.contiguous(),
         ref_logprobs.contiguous(),
@@ -45,6 +52,7 @@ def trajectory_balance(
         high,
         length_norm,
         scale,
+        *stream,
     )
     return TrajectoryBalance(loss, *(x.detach() for x in rest[:6]))
 
