@@ -23,7 +23,8 @@ from flowrl.config import Config
 from flowrl.models import LossOutput, Microbatch, TokenScores, UpdateInfo
 from flowrl.models import packed_attention as attention
 from flowrl.models.head_objective import chunk_objective
-from flowrl.models.hf_files import export_hf, fingerprint
+from flowrl.models.hf_export import export_hf
+from flowrl.models.hf_files import fingerprint
 from flowrl.models.hf_forward import check_forward, load_model, packed_hidden, probe
 from flowrl.models.liger_layers import check_liger, use_liger
 from flowrl.models.log_z import LogZHead, dropout_keys
