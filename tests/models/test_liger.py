@@ -22,13 +22,24 @@ from flowrl.schema import ConfigError
 CPU = torch.device("cpu")
 
 
-@pytest.mark.timeout(600)
-def test_in_the_interpreter():
+def passed_in_the_interpreter(*arguments: str) -> int:
+    """How many tests passed, when all did."""
     pytest.importorskip("triton", reason="Liger's kernels need triton (Linux, x86-64)")
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
-    status, output = run_interpreted(Path(__file__).with_name("on_triton_liger.py"))
+    status, output = run_interpreted(Path(__file__).with_name("on_triton_liger.py"), *arguments)
     assert status == 0, output
-    assert int(re.findall(r"(\d+) passed", output)[0]) == 19, output
+    return int(re.findall(r"(\d+) passed", output)[0])
+
+
+@pytest.mark.timeout(600)
+def test_in_the_interpreter():
+    assert passed_in_the_interpreter() == 16
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(600)
+def test_the_other_families_in_the_interpreter():
+    assert passed_in_the_interpreter("-m", "matrix") == 4
 
 
 @pytest.mark.parametrize("backend", ["hf", "megatron"])
