@@ -128,6 +128,25 @@ def test_a_resumed_run_has_the_losses_of_one_process(tiny, recorded, replay, kil
     assert_same(rows(run_dir), rows(recorded))
 
 
+def copy_at_step_5(killed_run, run_dir):
+    """Of the run when it was killed, whether or not it has gone on since."""
+    subprocess.run(["cp", "-r", str(killed_run), str(run_dir)], check=True)
+    for path in run_dir.glob("checkpoints/step_000010"):
+        subprocess.run(["rm", "-r", str(path)], check=True)
+    (run_dir / "report.html").unlink(missing_ok=True)
+    return run_dir
+
+
+@pytest.mark.matrix
+def test_a_resumed_run_repeats_every_byte(tiny, replay, killed, tmp_path):
+    """At the same layout, against a run that nobody interrupted."""
+    finish(command(tiny, tmp_path / "whole", TP_PP, **replay))
+    run_dir = copy_at_step_5(killed[0], tmp_path / "run")
+    assert "resumed from step_000005" in finish(command(tiny, run_dir, TP_PP, "--resume", **replay))
+    found, expected = (p / "metrics.jsonl" for p in (run_dir, tmp_path / "whole"))
+    assert found.read_bytes() == expected.read_bytes()
+
+
 @pytest.mark.parametrize(
     "layout",
     [
@@ -140,12 +159,7 @@ def test_a_resumed_run_has_the_losses_of_one_process(tiny, recorded, replay, kil
 )
 def test_a_checkpoint_goes_on_at_another_layout(tiny, recorded, replay, killed, tmp_path, layout):
     """Written at TP 2 x PP 2; goes on as one process, with ranks, stages, replicas, or several."""
-    run_dir = tmp_path / "run"
-    copied = ["cp", "-r", str(killed[0]), str(run_dir)]
-    subprocess.run(copied, check=True)
-    for path in run_dir.glob("checkpoints/step_000010"):
-        subprocess.run(["rm", "-r", str(path)], check=True)
-    (run_dir / "report.html").unlink(missing_ok=True)
+    run_dir = copy_at_step_5(killed[0], tmp_path / "run")
     printed = finish(command(tiny, run_dir, layout, "--resume", **replay))
     assert "resumed from step_000005" in printed
     assert_same(rows(run_dir), rows(recorded))
