@@ -106,6 +106,8 @@ class ModelConfig:
     """FP8 products in the layers, with Transformer Engine; never in the log-prob head."""
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
     """How FP8 scales are found: from earlier steps, or from the tensor at hand."""
+    liger: bool = False
+    """Norms, rotary embedding and SwiGLU of policy and reference by liger-kernel, on CUDA."""
 
 
 @dataclass(frozen=True)

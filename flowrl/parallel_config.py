@@ -118,6 +118,11 @@ def check_backend(model: ModelConfig, parallel: ParallelConfig) -> None:
         f"model.fp8={model.fp8} needs model.dtype=bfloat16, got {model.dtype}; set it",
     )
     require(
+        model.fp8 == "off" or not model.liger,
+        f"model.fp8={model.fp8} takes Transformer Engine's layers, which have their own norms and "
+        "SwiGLU, got model.liger=true; set model.liger=false",
+    )
+    require(
         not megatron or not model.gradient_checkpointing,
         "model.gradient_checkpointing is the hf backend's, got true with model.backend=megatron; "
         "set parallel.recompute=full instead",

@@ -20,10 +20,12 @@ HEAVY = {  # package -> the only modules that may import it
     "transformers": {
         "flowrl/models/base_model.py",
         "flowrl/models/hf_backend.py",
+        "flowrl/models/hf_export.py",
         "flowrl/models/hf_files.py",
         "flowrl/models/packed_attention.py",
         "flowrl/rollout/hf_sampler.py",
     },
+    "liger_kernel": {"flowrl/models/liger_layers.py"},
     "matplotlib": {"flowrl/report"},
 }
 

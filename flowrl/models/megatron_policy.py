@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import HashStore
 from flowrl.config import Config
 from flowrl.model_shape import check_split, read_shape
 from flowrl.models import megatron_weights as weights
+from flowrl.models.liger_layers import check_liger
 from flowrl.models.log_z import LogZHead
 from flowrl.models.megatron_model import build_chunk, transformer_config
 from flowrl.models.megatron_optimizer import wrap
@@ -34,6 +35,8 @@ class SplitPolicy:
         self._model_dir = model_dir
         self._device = parallel.device
         split = config.parallel
+        if config.model.liger:
+            check_liger(parallel.device)
         self.shape = read_shape(model_dir)
         check_split(self.shape, split)
         self.layout = weights.Layout(
@@ -64,6 +67,7 @@ class SplitPolicy:
                 self.layout.padded_vocab,
                 index if count > 1 else None,
                 heads,
+                liger=self._config.model.liger,
             )
             for index in range(count)
         ]

@@ -1,8 +1,5 @@
-"""The Triton tests in Triton's interpreter, each file in a process of its own.
-
-Triton reads TRITON_INTERPRET when it is imported, and the rest of the suite needs it unset: the
-ahead-of-time gate compiles the same kernels. On a GPU run the files themselves:
-`python -m pytest tests/kernels/on_triton_*.py`.
+"""The Triton tests in Triton's interpreter, each file in a process of its own. On a GPU run them as
+they are: `python -m pytest tests/kernels/on_triton_*.py`.
 """
 
 from __future__ import annotations
@@ -14,24 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from interpreter import run_interpreted
 
 pytest.importorskip("triton", reason="the Triton backend needs triton (Linux, x86-64)")
 HERE = Path(__file__).parent
 FILES = sorted(HERE.glob("on_triton_*.py"))
-
-
-def run_interpreted(file: Path, *arguments: str) -> tuple[int, str]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore"]
-    done = subprocess.run(
-        [*command, str(file), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-        cwd=HERE.parent.parent,
-    )
-    return done.returncode, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])

@@ -35,10 +35,19 @@ class Case:
     layout: dict[str, Any] = field(default_factory=dict)
     tied: bool = False
     breaks: str = ""  # a negative control: norm_flag or head_gradient
+    liger: bool = False  # Liger's layers, in Triton's interpreter, which is slow: a short case
 
     @property
     def model(self) -> str:
-        return f"{self.family}{'-tied' if self.tied else ''}"
+        return f"{self.family}{'-tied' * self.tied}{'-short' * self.liger}"
+
+    @property
+    def layers(self) -> int:
+        return 2 if self.liger else 4
+
+    @property
+    def updates(self) -> int:
+        return 1 if self.liger else UPDATES
 
     @property
     def name(self) -> str:
@@ -64,6 +73,7 @@ TWO = [
     Case("qwen3", SP, breaks="norm_flag"),
     Case("qwen2", TP, breaks="head_gradient"),
 ]
+LIGER = Case("qwen3", SP, liger=True)
 FOUR = [Case("qwen3", TP_PP), Case("qwen2", ALL, tied=True)]
 ALL_TWO = [
     Case(family, layout, tied)
@@ -82,11 +92,13 @@ ALL_FOUR = [
 ]
 
 
-def make_model(directory: Path, family: str, tied: bool, vocabulary: int = VOCABULARY) -> None:
+def make_model(
+    directory: Path, family: str, tied: bool, vocabulary: int = VOCABULARY, layers: int = 4
+) -> None:
     """A random model of the family, norms and biases random too."""
     extra = {"head_dim": 16} if family == "qwen3" else {}  # not hidden_size / heads
     config = CONFIGS[family](
-        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
         tie_word_embeddings=tied, pad_token_id=PADDING, **extra,
     )  # fmt: skip

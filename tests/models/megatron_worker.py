@@ -17,6 +17,7 @@ import megatron_cases as cases
 import torch
 import torch.distributed as dist
 from flowrl_kernels.head import vocab_parallel
+from interpreter import interpret_liger
 from megatron.core import parallel_state
 
 from flowrl import parallel
@@ -27,7 +28,8 @@ from flowrl.parallel_config import ParallelConfig
 
 
 def differences(case: cases.Case, folder: Path) -> dict[str, float]:
-    config = cases.config_of(case.layout, "megatron")
+    model = {"backend": "megatron", "liger": case.liger}
+    config = cases.config_of(case.layout, "megatron", model=model)
     expected = torch.load(folder / f"{case.model}.pt")
     ranks = place(config)
     backend = MegatronBackend(config, folder / case.model, cases.objective().needs, ranks)
@@ -42,7 +44,7 @@ def differences(case: cases.Case, folder: Path) -> dict[str, float]:
         scores = backend.logprobs([packed], reference=reference, entropy=True)
         found[f"logprobs{reference}"] = largest(scores.logprobs - expected["logprobs"])
         found[f"entropy{reference}"] = largest(scores.entropy - expected["entropy"])
-    for update in range(cases.UPDATES):
+    for update in range(case.updates):
         run_update(backend, ranks, expected["updates"][update], found, case)
         if case.breaks:
             return found
@@ -166,8 +168,11 @@ def new_world(number: int) -> parallel.Parallel:
 def main(folder: Path, wanted: Path, out: Path) -> None:
     torch.set_num_threads(1)
     silence_megatron()
+    listed = cases.from_json(wanted.read_text())
+    if any(case.liger for case in listed):
+        interpret_liger()
     report = {}
-    for number, case in enumerate(cases.from_json(wanted.read_text())):
+    for number, case in enumerate(listed):
         everyone = new_world(number)
         mine = differences(case, folder)
         every = everyone.gather_all(mine)

@@ -11,15 +11,12 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
-    GPT2Config,
-    LlamaConfig,
 )
 
 from flowrl.config import BaseConfig
 from flowrl.models.base_model import build_base, character_tokenizer
 from flowrl.models.hf_files import (
     check_model_dir,
-    export_hf,
     fingerprint,
     load_causal_lm,
     load_tokenizer,
@@ -254,61 +251,3 @@ def test_fingerprint_sees_weights_and_config(broken):
         data[-5] ^= 1
         (broken / name).write_bytes(data)
     assert fingerprint(broken) == before
-
-
-# --- export
-
-
-def architectures():
-    sizes: dict[str, Any] = {
-        "vocab_size": 17,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    }
-    return {
-        "tied llama": LlamaConfig(**sizes, tie_word_embeddings=True),
-        "untied llama": LlamaConfig(**sizes),
-        "gpt2": GPT2Config(vocab_size=17, n_embd=16, n_layer=1, n_head=2, n_positions=32),
-    }
-
-
-@pytest.mark.parametrize("name", architectures())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_export_holds_the_given_weights(base, tmp_path, name, dtype):
-    source = tmp_path / "source"
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(architectures()[name]).save_pretrained(source)
-    load_tokenizer(base).save_pretrained(source)
-    trained = load_causal_lm(source, torch.float32, CPU)
-    for param in trained.parameters():
-        param.data.add_(torch.randn_like(param), alpha=0.1)
-    out = tmp_path / "runs" / "export"
-    export_hf(source, ((n, p.detach()) for n, p in trained.named_parameters()), out, dtype)
-    check_model_dir(out)
-    model = load_exactly(out)
-    assert model.dtype == dtype, "the exported config names the dtype"
-    for param in trained.parameters():
-        param.data = param.data.to(dtype).float()
-    ids = torch.arange(12)[None]
-    with torch.no_grad():
-        expected = trained(ids).logits
-        assert torch.equal(load_causal_lm(out, torch.float32, CPU)(ids).logits, expected)
-        start = load_causal_lm(source, torch.float32, CPU)(ids).logits
-    assert not torch.allclose(start, expected, atol=1e-2), "the test must see the training"
-    assert load_tokenizer(out)("1+2")["input_ids"] == load_tokenizer(source)("1+2")["input_ids"]
-
-
-def test_export_refuses_what_would_be_lost_or_wrong(base, tmp_path):
-    weights = dict(load_causal_lm(base, torch.float32, CPU).named_parameters())
-    (tmp_path / "precious.txt").touch()
-    with pytest.raises(ConfigError, match="new or empty"):
-        export_hf(base, weights.items(), tmp_path, torch.float32)
-    assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
-    del weights["lm_head.weight"]
-    out = tmp_path / "out"
-    with pytest.raises(ValueError, match=r"lm_head\.weight for one"):
-        export_hf(base, weights.items(), out, torch.float32)
-    assert not out.exists()

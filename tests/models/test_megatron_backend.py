@@ -15,7 +15,7 @@ from flowrl.models import Microbatch, megatron_checkpoint
 from flowrl.models.hf_backend import HFBackend
 from flowrl.models.megatron_backend import MegatronBackend
 from flowrl.models.megatron_cpu_shim import on_cpu, silence_megatron
-from flowrl.models.megatron_model import check_transformer_engine
+from flowrl.models.megatron_layers import check_transformer_engine
 from flowrl.objectives.base import TrustRegion
 from flowrl.parallel import Parallel
 from flowrl.records import Prompt, Rollout

@@ -1,7 +1,9 @@
 """The Megatron backend on two and four processes against the Hugging Face backend on one: weights,
 log-probs, loss, every gradient, three updates. `pytest -m matrix` runs every combination."""
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +34,7 @@ def write_expected(folder: Path, case: cases.Case) -> None:
     directory = folder / case.model
     if directory.exists():
         return
-    cases.make_model(directory, case.family, case.tied)
+    cases.make_model(directory, case.family, case.tied, layers=case.layers)
     config = cases.config_of({}, "hf")
     alone = Parallel(0, 1, torch.device("cpu"))
     backend = HFBackend(config, directory, cases.objective().needs, alone)
@@ -44,7 +46,7 @@ def write_expected(folder: Path, case: cases.Case) -> None:
         "entropy": scores.entropy,
         "updates": [],
     }
-    for _ in range(cases.UPDATES):
+    for _ in range(case.updates):
         output = backend.forward_backward(cases.microbatches(packed), cases.objective())
         grads = {n: p.grad.clone() for n, p in backend.params.items() if p.grad is not None}
         info = backend.step()
@@ -68,7 +70,13 @@ def launch(folder: Path, wanted: list[cases.Case], processes: int) -> dict[str, 
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
         str(processes), str(worker), str(folder), str(listed), str(out),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=840, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(worker.parent.parent)}
+    if any(case.liger for case in wanted):
+        environment["TRITON_INTERPRET"] = "1"
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=840, check=False,
+        env=environment,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(out.read_text())
 
@@ -93,14 +101,21 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("megatron")
 
 
+HAS_LIGER = importlib.util.find_spec("liger_kernel") is not None
+
+
 @pytest.fixture(scope="module")
 def two(folder):
-    return launch(folder, cases.TWO, 2)
+    return launch(folder, [*cases.TWO, *[cases.LIGER] * HAS_LIGER], 2)
 
 
 def test_two_processes_compute_what_one_does(two):
     check(two, cases.TWO)
-    assert len(two) == len(cases.TWO)
+
+
+@pytest.mark.skipif(not HAS_LIGER, reason="liger-kernel is not installed")
+def test_two_processes_with_ligers_layers_compute_what_one_does(two):
+    check(two, [cases.LIGER])
 
 
 @pytest.mark.parametrize("case", [c for c in cases.TWO if c.breaks], ids=lambda c: c.breaks)
