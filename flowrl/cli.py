@@ -113,6 +113,26 @@ class ExportArgs:
     """Directory to write; must not exist or be empty."""
 
 
+@dataclass(frozen=True)
+class ServeArgs:
+    """Serve vLLM engines on this node to trainers on others (rollout.server_address)."""
+
+    address: tyro.conf.Positional[str]
+    """HOST:PORT to listen at; HOST is the address of one interface of this node."""
+    token_file: str = ""
+    """File with the token that trainers must know. Empty: it is in FLOWRL_ENGINE_TOKEN."""
+    python: str = ""
+    """Python of an environment with vllm. Empty: this one."""
+    log: Path = field(default=Path("flowrl_serve.log"))
+    """File that the engines' output is appended to."""
+
+
+def _serve(args: ServeArgs, overrides: dict[str, Any]) -> None:
+    from flowrl.commands import serve
+
+    serve.run(args.address, args.token_file, args.python, args.log)
+
+
 def _train(args: TrainArgs, overrides: dict[str, Any]) -> None:
     config = load(args.recipe, overrides)
     if args.dry_run and args.resume:
@@ -232,6 +252,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, dict[str, Any]], None]]] = {
     "make-base": (MakeBaseArgs, _make_base),
     "plan": (PlanArgs, _plan),
     "compare": (CompareArgs, _compare),
+    "serve": (ServeArgs, _serve),
     "doctor": (DoctorArgs, _doctor),
 }
 _CONTINUE = {

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 GONE_LIMIT_S = 10.0  # a killed process gives its memory back before it is gone
+SHARED_MEMORY = re.compile(r"/dev/shm/(?:psm_|sem\.mp-)\S+")  # as Python's multiprocessing names it
 
 
 def children() -> list[int]:
@@ -26,6 +29,26 @@ def children() -> list[int]:
 
 def group_members(group: int) -> list[int]:
     return sorted(pid for pid, _, pgid in _processes() if pgid == group)
+
+
+def kill_group(group: int) -> None:
+    """Kills a process group and waits until it is gone. Its shared memory goes first, since a
+    killed process leaves it behind; the group may be this process's own."""
+    for path in shared_memory(group_members(group)):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+    wait_until_gone(lambda: group_members(group))
+
+
+def shared_memory(pids: Sequence[int]) -> set[Path]:
+    """Files of multiprocessing's shared memory that these processes have mapped."""
+    found: set[Path] = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            maps = Path(f"/proc/{pid}/maps").read_text()
+            found |= {Path(name) for name in SHARED_MEMORY.findall(maps)}
+    return found
 
 
 def is_alive(pid: int) -> bool:
