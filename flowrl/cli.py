@@ -59,7 +59,10 @@ class PlanArgs:
 
 @dataclass(frozen=True)
 class EvalArgs:
-    """Evaluate a run's newest checkpoint, or any model directory, on held-out problems."""
+    """Evaluate a run's newest checkpoint, or any model directory, on held-out problems.
+
+    The run's rollout engine samples. Its settings may be given: --rollout.engine hf,
+    --rollout.server_python PYTHON and the like."""
 
     run_dir: tyro.conf.Positional[Path]
     """Run directory; its task and settings are used."""
@@ -172,7 +175,8 @@ def _eval(args: EvalArgs, overrides: dict[str, Any]) -> None:
         top_p=args.top_p,
         num_prompts=args.num_prompts,
     )
-    evaluate.run(args.run_dir, args.model, options, args.json)
+    request = evaluate.Request(args.run_dir, args.model, options, overrides, args.json)
+    evaluate.run(request)
 
 
 def _inspect(args: InspectArgs, overrides: dict[str, Any]) -> None:
@@ -300,9 +304,9 @@ def _dispatch(name: str, args: list[str]) -> None:
         raise ConfigError(f"no command called {name!r}{nearest(name, COMMANDS)}")
     arguments, action = COMMANDS[name]
     overrides: dict[str, Any] = {}
-    if name in TAKES_SETTINGS:
-        if {"-h", "--help"} & set(args):
-            return _help(name, arguments, args)
+    if name in TAKES_SETTINGS and {"-h", "--help"} & set(args):
+        return _help(name, arguments, args)
+    if name in (*TAKES_SETTINGS, "eval"):
         args, overrides = split_overrides(args)
     _refuse_unknown(name, arguments, args)
     action(tyro.cli(arguments, prog=f"flowrl {name}", args=args), overrides)

@@ -210,7 +210,7 @@ class RolloutConfig:
         return self.server_address[replica] if found else ""
 
     def by_transformers(self) -> RolloutConfig:
-        """The same distribution without an engine to start: what `flowrl eval` samples with."""
+        """The same distribution without an engine to start."""
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         unused = ("replay_dir", "max_staleness", *VLLM_ONLY)
         return dataclasses.replace(self, engine="hf", **{name: defaults[name] for name in unused})
