@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 GONE_LIMIT_S = 10.0  # a killed process gives its memory back before it is gone
-SHARED_MEMORY = re.compile(r"/dev/shm/(?:psm_|sem\.mp-)\S+")  # as Python's multiprocessing names it
+RESOURCE_TRACKER = b"multiprocessing.resource_tracker"
 
 
 def children() -> list[int]:
@@ -32,23 +31,33 @@ def group_members(group: int) -> list[int]:
 
 
 def kill_group(group: int) -> None:
-    """Kills a process group and waits until it is gone. Its shared memory goes first, since a
-    killed process leaves it behind; the group may be this process's own."""
-    for path in shared_memory(group_members(group)):
-        path.unlink(missing_ok=True)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, signal.SIGKILL)
+    """Kills a process group and waits until it is gone; it may be this process's own.
+
+    Python's resource trackers are left to end by themselves, as they do when all others are gone:
+    they remove the shared memory and semaphores that killed processes leave behind."""
+    deadline = time.monotonic() + GONE_LIMIT_S
+    while (others := _untracking(group)) and time.monotonic() < deadline:
+        for pid in others:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    if os.getpgid(0) == group:
+        os.kill(os.getpid(), signal.SIGKILL)
     wait_until_gone(lambda: group_members(group))
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)  # a tracker that hangs
 
 
-def shared_memory(pids: Sequence[int]) -> set[Path]:
-    """Files of multiprocessing's shared memory that these processes have mapped."""
-    found: set[Path] = set()
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            maps = Path(f"/proc/{pid}/maps").read_text()
-            found |= {Path(name) for name in SHARED_MEMORY.findall(maps)}
-    return found
+def _untracking(group: int) -> list[int]:
+    """Members of the group but this process and resource trackers."""
+    members = [pid for pid in group_members(group) if pid != os.getpid()]
+    return [pid for pid in members if RESOURCE_TRACKER not in _command(pid)]
+
+
+def _command(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def is_alive(pid: int) -> bool:

@@ -20,7 +20,7 @@ time.sleep(300)
 """
 SHARER = """
 import time
-from multiprocessing import Semaphore, shared_memory
+from multiprocessing import shared_memory
 memory = shared_memory.SharedMemory(create=True, size=4096)
 print("/dev/shm/" + memory.name, flush=True)
 time.sleep(300)
@@ -70,11 +70,11 @@ def test_a_link_is_not_followed(tmp_path):
 def test_a_killed_group_leaves_no_shared_memory():
     process, path = started(SHARER)
     tracker = [pid for pid in group_members(process.pid) if pid != process.pid]
-    assert tracker, "Python's resource tracker would clean up, but is in the group"
+    assert tracker, "Python's resource tracker is in the group, and must not be killed with it"
     assert path.exists()
     began = time.monotonic()
     kill_group(process.pid)
     process.wait()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 8
     assert not path.exists()
     assert group_members(process.pid) == []
