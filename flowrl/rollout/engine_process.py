@@ -36,7 +36,13 @@ from flowrl.rollout.engine_protocol import (
 )
 from flowrl.rollout.engine_token import TOKEN_VARIABLE
 from flowrl.rollout.owned_folder import OwnedFolder
-from flowrl.rollout.process_tree import children, is_alive, kill_group, wait_until_gone
+from flowrl.rollout.process_tree import (
+    children,
+    is_alive,
+    kill_group,
+    wait_until_gone,
+    without_trackers,
+)
 from flowrl.schema import ConfigError
 
 NOT_FOR_ENGINES = (
@@ -141,10 +147,10 @@ class InProcess:
                 lambda: VLLMEngine(settings),
                 start_limit_s,
                 "load",
-                lambda: self._kill(set(children()) - before),
+                lambda: self._kill(without_trackers(set(children()) - before)),
             )
             _log_to(self.log_path)
-        self.pids = sorted(set(children()) - before)
+        self.pids = without_trackers(set(children()) - before)
 
     def call(self, message: Message, limit_s: float) -> Message:
         engine = self._engine
@@ -209,7 +215,7 @@ class InProcess:
         self._kill(self.pids)
 
     @staticmethod
-    def _kill(pids: Sequence[int] | set[int]) -> None:
+    def _kill(pids: Sequence[int]) -> None:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

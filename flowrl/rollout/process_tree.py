@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 GONE_LIMIT_S = 10.0  # a killed process gives its memory back before it is gone
@@ -36,7 +36,7 @@ def kill_group(group: int) -> None:
     Python's resource trackers are left to end by themselves, as they do when all others are gone:
     they remove the shared memory and semaphores that killed processes leave behind."""
     deadline = time.monotonic() + GONE_LIMIT_S
-    while (others := _untracking(group)) and time.monotonic() < deadline:
+    while (others := _others(group)) and time.monotonic() < deadline:
         for pid in others:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
@@ -48,10 +48,13 @@ def kill_group(group: int) -> None:
         os.killpg(group, signal.SIGKILL)  # a tracker that hangs
 
 
-def _untracking(group: int) -> list[int]:
-    """Members of the group but this process and resource trackers."""
-    members = [pid for pid in group_members(group) if pid != os.getpid()]
-    return [pid for pid in members if RESOURCE_TRACKER not in _command(pid)]
+def without_trackers(pids: Iterable[int]) -> list[int]:
+    """Those of the processes that are not Python's resource trackers."""
+    return sorted(pid for pid in pids if RESOURCE_TRACKER not in _command(pid))
+
+
+def _others(group: int) -> list[int]:
+    return without_trackers(pid for pid in group_members(group) if pid != os.getpid())
 
 
 def _command(pid: int) -> bytes:
