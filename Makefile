@@ -1,6 +1,6 @@
 # make train   installs into .venv and runs the default job on this machine's CPU
 # make test    installs into .venv and runs the tests
-# make test-vllm   installs vLLM for CPUs into .venv-vllm (3.5 GB) and runs its tests
+# make test-vllm   installs into .venv, and vLLM for CPUs into .venv-vllm (3.5 GB), and runs its tests
 # Also: install test-all lint types bench clean. Another torch: make install TORCH=torch==2.13.0
 # FLOWRL_BUILD_NATIVE=0 make install: without csrc/; =1: fail where it cannot be built.
 
@@ -45,8 +45,9 @@ $(RUN)/report.html: | install
 test: install
 	$(BIN)/python -m pytest
 
-test-vllm: $(VENV_VLLM)/.installed
-	$(BIN_VLLM)/python -m pytest tests/with_vllm
+# The tests run in .venv-vllm; where they train with Megatron the trainer runs in .venv.
+test-vllm: install $(VENV_VLLM)/.installed
+	FLOWRL_TRAINER_PYTHON=$(abspath $(BIN)/python) $(BIN_VLLM)/python -m pytest tests/with_vllm
 
 # vLLM takes torchvision, torchaudio and torchcodec with it; their builds do not fit a CPU torch, and
 # then transformers cannot be imported. The checkout is found by a .pth file: a second editable

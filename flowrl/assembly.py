@@ -246,7 +246,7 @@ def _build_sampler(
     parallel: Parallel,
 ) -> Sampler:
     if objective.policy == "tokens":
-        return build_sampler(config, directory, tokenizer, parallel.device)
+        return build_sampler(config, directory, tokenizer, parallel)
     from flowrl.rollout.step_sampler import StepSampler
 
     return StepSampler(

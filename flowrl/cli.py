@@ -59,7 +59,10 @@ class PlanArgs:
 
 @dataclass(frozen=True)
 class EvalArgs:
-    """Evaluate a run's newest checkpoint, or any model directory, on held-out problems."""
+    """Evaluate a run's newest checkpoint, or any model directory, on held-out problems.
+
+    The run's rollout engine samples. Its settings may be given: --rollout.engine hf,
+    --rollout.server_python PYTHON and the like."""
 
     run_dir: tyro.conf.Positional[Path]
     """Run directory; its task and settings are used."""
@@ -113,6 +116,26 @@ class ExportArgs:
     """Directory to write; must not exist or be empty."""
 
 
+@dataclass(frozen=True)
+class ServeArgs:
+    """Serve vLLM engines on this node to trainers on others (rollout.server_address)."""
+
+    address: tyro.conf.Positional[str]
+    """HOST:PORT to listen at; HOST is the address of one interface of this node."""
+    token_file: str = ""
+    """File with the token that trainers must know. Empty: it is in FLOWRL_ENGINE_TOKEN."""
+    python: str = ""
+    """Python of an environment with vllm. Empty: this one."""
+    log: Path = field(default=Path("flowrl_serve.log"))
+    """File that the engines' output is appended to."""
+
+
+def _serve(args: ServeArgs, overrides: dict[str, Any]) -> None:
+    from flowrl.commands import serve
+
+    serve.run(args.address, args.token_file, args.python, args.log)
+
+
 def _train(args: TrainArgs, overrides: dict[str, Any]) -> None:
     config = load(args.recipe, overrides)
     if args.dry_run and args.resume:
@@ -152,7 +175,8 @@ def _eval(args: EvalArgs, overrides: dict[str, Any]) -> None:
         top_p=args.top_p,
         num_prompts=args.num_prompts,
     )
-    evaluate.run(args.run_dir, args.model, options, args.json)
+    request = evaluate.Request(args.run_dir, args.model, options, overrides, args.json)
+    evaluate.run(request)
 
 
 def _inspect(args: InspectArgs, overrides: dict[str, Any]) -> None:
@@ -232,6 +256,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, dict[str, Any]], None]]] = {
     "make-base": (MakeBaseArgs, _make_base),
     "plan": (PlanArgs, _plan),
     "compare": (CompareArgs, _compare),
+    "serve": (ServeArgs, _serve),
     "doctor": (DoctorArgs, _doctor),
 }
 _CONTINUE = {
@@ -279,9 +304,9 @@ def _dispatch(name: str, args: list[str]) -> None:
         raise ConfigError(f"no command called {name!r}{nearest(name, COMMANDS)}")
     arguments, action = COMMANDS[name]
     overrides: dict[str, Any] = {}
-    if name in TAKES_SETTINGS:
-        if {"-h", "--help"} & set(args):
-            return _help(name, arguments, args)
+    if name in TAKES_SETTINGS and {"-h", "--help"} & set(args):
+        return _help(name, arguments, args)
+    if name in (*TAKES_SETTINGS, "eval"):
         args, overrides = split_overrides(args)
     _refuse_unknown(name, arguments, args)
     action(tyro.cli(arguments, prog=f"flowrl {name}", args=args), overrides)

@@ -27,9 +27,10 @@ CORRECTION_BOUNDS: dict[str, tuple[float | None, float]] = {
 """Lower and upper bound as published (docs/rollouts.md); None: there is no lower one."""
 
 VLLM_ONLY = (
-    "mode", "server_python", "dtype", "restart", "start_timeout_s", "generate_timeout_s",
-    "sync_timeout_s", "sync_bucket_mb", "sync_checked_tensors", "sync_transport",
-    "tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gb", "sleep", "enforce_eager",
+    "mode", "server_python", "server_address", "server_token_file", "dtype", "restart",
+    "start_timeout_s", "generate_timeout_s", "sync_timeout_s", "sync_bucket_mb",
+    "sync_checked_tensors", "sync_transport", "tensor_parallel_size", "gpu_memory_utilization",
+    "kv_cache_gb", "sleep", "enforce_eager",
 )  # fmt: skip
 """Settings that only the engine vllm reads; another engine refuses them."""
 
@@ -69,6 +70,11 @@ class RolloutConfig:
     """Where vLLM runs: in a process of its own, or in the trainer's (its core is a child then)."""
     server_python: str = ""
     """Python of the server's own environment, with vllm in it. Empty: the trainer's."""
+    server_address: tuple[str, ...] = ()
+    """host:port of a `flowrl serve` on another node, one for each replica. Empty: the trainer
+    starts its server itself, on its own node."""
+    server_token_file: str = ""
+    """File with the token of server_address. Empty: the token is in FLOWRL_ENGINE_TOKEN."""
     dtype: Literal["auto", "fp8"] = "auto"
     """Weights of the engine: auto is model.dtype; fp8 (GPU) needs a correction."""
     restart: int = 0
@@ -168,8 +174,43 @@ class RolloutConfig:
             "rollout.correction=none; set rollout.correction=tis",
         )
 
+    def _check_address(self) -> None:
+        for address in self.server_address:
+            split_address(address)
+        require(
+            len(set(self.server_address)) == len(self.server_address),
+            f"an engine serves one replica, got rollout.server_address={self.server_address}; "
+            "start a flowrl serve for each, on a port of its own",
+        )
+        for name, refused in (
+            ("mode", self.mode == "in_process"),
+            ("server_python", self.server_python != ""),
+            ("sync_transport", self.sync_transport == "ipc"),
+        ):
+            require(
+                not (refused and self.server_address),
+                f"rollout.{name}={getattr(self, name)} is for an engine that the trainer starts, "
+                "got rollout.server_address, too; leave one out (flowrl serve has a --python)",
+            )
+        require(
+            bool(self.server_address) or not self.server_token_file,
+            f"rollout.server_token_file={self.server_token_file!r} is for rollout.server_address, "
+            "which is empty; leave it out",
+        )
+
+    def address_of(self, replica: int, num_replicas: int) -> str:
+        """The server that a replica samples with; empty: one of its own. Raises ConfigError where
+        there are more or fewer of them than replicas."""
+        found = len(self.server_address)
+        require(
+            found in (0, num_replicas),
+            f"rollout.server_address must have one address for each replica, got {found} and "
+            f"{num_replicas} replicas; start {num_replicas} times flowrl serve and give them all",
+        )
+        return self.server_address[replica] if found else ""
+
     def by_transformers(self) -> RolloutConfig:
-        """The same distribution without an engine to start: what `flowrl eval` samples with."""
+        """The same distribution without an engine to start."""
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         unused = ("replay_dir", "max_staleness", *VLLM_ONLY)
         return dataclasses.replace(self, engine="hf", **{name: defaults[name] for name in unused})
@@ -195,8 +236,20 @@ class RolloutConfig:
             f"rollout.server_python={self.server_python!r} is for a server process, got "
             "rollout.mode=in_process; set rollout.mode=server",
         )
+        self._check_address()
         require(
             self.engine != "replay" or self.max_staleness == 0,
             f"a replay generates nothing, got rollout.max_staleness={self.max_staleness}; "
             "set rollout.max_staleness=0",
         )
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of "node1:8577" or "[::1]:8577". Raises ConfigError for anything else."""
+    host, _, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    require(
+        bool(host) and port.isascii() and port.isdecimal() and int(port) < 1 << 16,
+        f"an engine's address is HOST:PORT, got {address!r}; write node1:8577",
+    )
+    return host, int(port)

@@ -303,7 +303,9 @@ class Trainer:
 
 
 def check_layout(config: Config, parallel: Parallel) -> None:
-    """Raises ConfigError where the batch does not divide over the ranks."""
+    """Raises ConfigError where the batch does not divide over the ranks, or not all have an
+    engine."""
+    config.rollout.address_of(parallel.rank, parallel.world_size)
     prompts = config.batch.prompts_per_update
     if prompts % parallel.world_size:
         nearest = math.ceil(prompts / parallel.world_size) * parallel.world_size

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -208,6 +209,29 @@ def test_eval_of_a_run_and_of_a_model_directory(run_dir, base_dir, capsys, tmp_p
     assert "temperature 0.6, top_p 0.95" in shown
     main(["eval", str(run_dir), "--model", str(base_dir), "--samples", "4", "--num_prompts", "4"])
     assert str(base_dir) in capsys.readouterr().out
+
+
+def test_eval_samples_with_the_runs_engine_or_with_the_one_that_is_named(run_dir, tmp_path, capsys):
+    """The test's own Python has no vLLM, so it has to be refused."""
+    if importlib.util.find_spec("vllm") is not None:
+        pytest.skip("vllm is installed here")
+    moved = tmp_path / "moved"
+    shutil.copytree(run_dir, moved)
+    config = (moved / "config.toml").read_text()
+    assert 'engine = "hf"' in config
+    changed = config.replace('engine = "hf"', 'engine = "vllm"').replace(
+        "restart = 0", "restart = 1"
+    )
+    (moved / "config.toml").write_text(changed)
+    arguments = ["eval", str(moved), "--samples", "2", "--num_prompts", "2"]
+    message = fail(capsys, *arguments)
+    assert "rollout.engine=vllm needs vllm" in message
+    assert (moved / "logs/vllm_rank0.log").exists()
+    main([*arguments, "--rollout.engine", "hf"])
+    assert "engine hf" in capsys.readouterr().out
+    message = fail(capsys, *arguments, "--rollout.temperature", "2.0")
+    assert "changes the engine alone, got rollout.temperature" in message
+    assert "got seed" in fail(capsys, *arguments, "--seed", "3")
 
 
 def test_replay_trains_on_recorded_rollouts_to_the_same_losses(run_dir, tiny, tmp_path):

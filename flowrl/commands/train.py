@@ -35,7 +35,8 @@ MAY_CHANGE = {
     "parallel.sequence", "parallel.overlap_p2p", "parallel.overlap_grad_reduce",
     "parallel.recompute", "parallel.reference", "run.dir", "run.loggers", "kernels.backend",
     "reward.max_error_rate", "reward.timeout_s",
-    "rollout.mode", "rollout.server_python", "rollout.restart", "rollout.start_timeout_s",
+    "rollout.mode", "rollout.server_python", "rollout.server_address", "rollout.server_token_file",
+    "rollout.restart", "rollout.start_timeout_s",
     "rollout.generate_timeout_s", "rollout.sync_timeout_s", "rollout.sync_bucket_mb",
     "rollout.sync_checked_tensors", "rollout.kv_cache_gb", "rollout.gpu_memory_utilization",
 }  # fmt: skip

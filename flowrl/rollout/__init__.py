@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowrl.config import Config
+from flowrl.parallel import Parallel
 from flowrl.records import Rollout, SampleRequest
 
 
@@ -26,7 +27,7 @@ class Sampler(Protocol):
     def close(self) -> None: ...
 
 
-def build_sampler(config: Config, model_dir: Path, tokenizer: Any, device: torch.device) -> Sampler:
+def build_sampler(config: Config, model_dir: Path, tokenizer: Any, parallel: Parallel) -> Sampler:
     """The sampler that config.rollout.engine names, holding the weights of `model_dir`.
 
     Raises ConfigError for a replay directory without recorded rollouts and for an engine that
@@ -38,13 +39,13 @@ def build_sampler(config: Config, model_dir: Path, tokenizer: Any, device: torch
     if config.rollout.engine == "vllm":
         from flowrl.rollout.vllm_start import build_vllm_sampler
 
-        return build_vllm_sampler(config, model_dir, tokenizer, device)
+        return build_vllm_sampler(config, model_dir, tokenizer, parallel)
     from flowrl.rollout.hf_sampler import HFSampler
 
     return HFSampler(
         model_dir,
         getattr(torch, config.model.dtype),
-        device,
+        parallel.device,
         tokenizer,
         config.rollout.max_batch_sequences,
     )

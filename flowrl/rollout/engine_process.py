@@ -16,123 +16,113 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import flowrl
+from flowrl.rollout.engine_connection import (
+    STOP_LIMIT_S,
+    EngineConnection,
+    exit_text,
+    tail,
+    too_late,
+)
 from flowrl.rollout.engine_protocol import (
     EngineError,
     EngineRefusedError,
     EngineSettings,
     Message,
-    receive,
-    send,
 )
-from flowrl.rollout.process_tree import children, group_members, is_alive, wait_until_gone
+from flowrl.rollout.engine_token import TOKEN_VARIABLE
+from flowrl.rollout.owned_folder import OwnedFolder
+from flowrl.rollout.process_tree import (
+    children,
+    is_alive,
+    kill_group,
+    wait_until_gone,
+    without_trackers,
+)
 from flowrl.schema import ConfigError
 
-STOP_LIMIT_S = 20.0  # for an orderly end, before the engine's processes are killed
-LOG_LINES = 12
-FROM_TORCHRUN = (
+NOT_FOR_ENGINES = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
-    "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", TOKEN_VARIABLE,
 )  # fmt: skip
-"""The trainer's own place among its ranks, which would make vLLM join them."""
+"""The trainer's own place among its ranks, which would make vLLM join them, and a secret."""
 
 
-class ServerProcess:
+class ServerGroup:
+    """An engine's processes: one group, so that all of it can be killed."""
+
+    def __init__(self, settings: EngineSettings, python: str, connection: socket.socket) -> None:
+        """Starts it; it speaks through `connection`. Raises ConfigError if there is no such
+        Python."""
+        self._import_dir = OwnedFolder("flowrl-server-", Path(tempfile.gettempdir()))
+        command = [python or sys.executable, "-m", "flowrl.rollout.engine_server",
+                   str(connection.fileno()), settings.to_json()]  # fmt: skip
+        with _open_log(Path(settings.log_path)) as log:
+            try:
+                self.process = subprocess.Popen(
+                    command,
+                    env=_environment(settings, self._import_dir.path),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=[connection.fileno()],
+                    start_new_session=True,
+                )
+            except OSError as error:
+                self._import_dir.remove()
+                raise ConfigError(
+                    f"rollout.server_python={python!r} cannot be started ({error.strerror}); set "
+                    "it to the Python of an environment that has vllm"
+                ) from error
+        self.pid = self.process.pid
+        self.ended = ""  # how the server had ended when the group was killed
+
+    def kill(self) -> None:
+        """The core and the workers, too, which outlive the server that started them."""
+        if self.ended:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1)  # its end of the connection closes before it is gone
+        self.ended = exit_text(self.process.returncode)
+        kill_group(self.pid)
+        self.process.wait()
+        self._import_dir.remove()
+
+
+class ServerProcess(EngineConnection):
     """An engine in a process group of its own, spoken to over a socket. See `EngineHost`."""
 
     def __init__(self, settings: EngineSettings, python: str, start_limit_s: float) -> None:
         """Starts it and waits until it is ready."""
         self.log_path = Path(settings.log_path)
-        self.weights_dir: str | None = None
-        self._import_dir = Path(tempfile.mkdtemp(prefix="flowrl-server-"))
-        self._connection, theirs = socket.socketpair()
-        command = [python or sys.executable, "-m", "flowrl.rollout.engine_server",
-                   str(theirs.fileno()), settings.to_json()]  # fmt: skip
-        with theirs, _open_log(self.log_path) as log:
-            try:
-                self._process = subprocess.Popen(
-                    command,
-                    env=_environment(settings, self._import_dir),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,  # one group, so that all of it can be killed
-                )
-            except OSError as error:
-                raise ConfigError(
-                    f"rollout.server_python={python!r} cannot be started ({error.strerror}); set "
-                    "it to the Python of an environment that has vllm"
-                ) from error
-        self.pid = self._process.pid
+        self.folder: str | None = None
+        ours, theirs = socket.socketpair()
+        super().__init__(ours)
+        with theirs:
+            self._group = ServerGroup(settings, python, theirs)
+        self.pid = self._group.pid
         self.name = f"vLLM server (pid {self.pid})"
-        try:
-            ready = self._answer(None, start_limit_s, "load")
-        except (EngineError, EngineRefusedError):
-            self._kill()
-            raise
-        self.weights_dir = ready.fields["weights_dir"]
+        self.folder = self.await_ready(start_limit_s).fields["folder"]
 
-    def call(self, message: Message, limit_s: float) -> Message:
-        return self._answer(message, limit_s, message.op)
+    def end(self) -> None:
+        self._connection.close()
+        self._group.kill()
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _answer(self, message: Message | None, limit_s: float, what: str) -> Message:
-        deadline = time.monotonic() + limit_s
-        try:
-            if message is not None:
-                send(self._connection, message, deadline)
-            reply = receive(self._connection, deadline)
-        except TimeoutError:
-            self._kill()
-            raise EngineError(_too_late(self.name, what, limit_s, self.log_tail())) from None
-        except (EOFError, OSError) as error:
-            code = self._reap()
-            self._kill()
-            raise EngineError(
-                f"{self.name} died during {what} ({_ended(code)}); its log {self.log_path} ends: "
-                f"{self.log_tail()}"
-            ) from error
-        if reply.op == "dead":
-            self._kill()
-            raise EngineError(
-                f"{self.name}: {reply.fields['message']} during {what}; its log {self.log_path} "
-                f"ends: {self.log_tail()}"
-            )
-        if reply.op == "refused":
-            raise EngineRefusedError(reply.fields["message"])
-        return reply
+    def await_end(self, limit_s: float) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._group.process.wait(limit_s)
+
+    def how_it_ended(self) -> str:
+        return self._group.ended
 
     def log_tail(self) -> str:
-        return _tail(self.log_path)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError, TimeoutError):
-            send(self._connection, Message("stop"), time.monotonic() + 1)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_LIMIT_S)
-        self._kill()
-
-    def _reap(self) -> int | None:
-        """The exit code of a process whose end of the connection is closed."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self._process.wait(1)
-        return None
-
-    def _kill(self) -> None:
-        """The whole group: the core and the workers outlive the server that started them."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
-        self._process.wait()
-        wait_until_gone(lambda: group_members(self.pid))
-        self._connection.close()
-        shutil.rmtree(self._import_dir, ignore_errors=True)
-        if self.weights_dir is not None:
-            shutil.rmtree(self.weights_dir, ignore_errors=True)
+        return tail(self.log_path)
 
 
 class InProcess:
@@ -157,10 +147,10 @@ class InProcess:
                 lambda: VLLMEngine(settings),
                 start_limit_s,
                 "load",
-                lambda: self._kill(set(children()) - before),
+                lambda: self._kill(without_trackers(set(children()) - before)),
             )
             _log_to(self.log_path)
-        self.pids = sorted(set(children()) - before)
+        self.pids = without_trackers(set(children()) - before)
 
     def call(self, message: Message, limit_s: float) -> Message:
         engine = self._engine
@@ -189,18 +179,18 @@ class InProcess:
         gives up waiting for them."""
         late = threading.Event()
 
-        def too_late() -> None:
+        def give_up() -> None:
             late.set()
             kill()
 
-        timer = threading.Timer(limit_s, too_late)
+        timer = threading.Timer(limit_s, give_up)
         timer.daemon = True
         timer.start()
         try:
             return action()
         except (EngineError, EngineRefusedError) as error:
             if late.is_set():
-                raise EngineError(_too_late(self.name, what, limit_s, self.log_tail())) from error
+                raise EngineError(too_late(self.name, what, limit_s, self.log_tail())) from error
             if isinstance(error, EngineRefusedError) and all(map(is_alive, self.pids)):
                 raise
             kill()
@@ -212,7 +202,7 @@ class InProcess:
         return f"{self.name}: {why} during {what}; its log {self.log_path} ends: {self.log_tail()}"
 
     def log_tail(self) -> str:
-        return _tail(self.log_path)
+        return tail(self.log_path)
 
     def close(self) -> None:
         if self._engine is not None:
@@ -225,7 +215,7 @@ class InProcess:
         self._kill(self.pids)
 
     @staticmethod
-    def _kill(pids: Sequence[int] | set[int]) -> None:
+    def _kill(pids: Sequence[int]) -> None:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -236,7 +226,7 @@ def _environment(settings: EngineSettings, import_dir: Path) -> dict[str, str]:
     """For the server: finds this flowrl, but none of the packages that lie beside it, sees its own
     GPUs and knows nothing of the trainer's ranks."""
     (import_dir / "flowrl").symlink_to(Path(flowrl.__file__).parent)
-    kept = {k: v for k, v in os.environ.items() if k not in FROM_TORCHRUN}
+    kept = {k: v for k, v in os.environ.items() if k not in NOT_FOR_ENGINES}
     paths = [str(import_dir), *filter(None, kept.get("PYTHONPATH", "").split(os.pathsep))]
     kept["PYTHONPATH"] = os.pathsep.join(paths)
     if settings.device.startswith("cuda"):
@@ -278,29 +268,3 @@ def _log_to(path: Path) -> None:
     for handler in logging.getLogger("vllm").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(path.open("a"))
-
-
-def _tail(path: Path) -> str:
-    """The log's last lines, oldest first, on one line."""
-    try:
-        with path.open("rb") as log:
-            log.seek(max(0, path.stat().st_size - 8192))
-            lines = log.read().decode(errors="replace").splitlines()
-    except OSError:
-        return "(no log)"
-    return " | ".join(line.strip()[:200] for line in lines[-LOG_LINES:] if line.strip())
-
-
-def _too_late(name: str, what: str, limit_s: float, tail: str) -> str:
-    limits = {"load": "start_timeout_s", "generate": "generate_timeout_s"}
-    setting = limits.get(what, "sync_timeout_s")
-    return (
-        f"waited {limit_s:g} s for {name} to answer {what} and killed it; raise "
-        f"rollout.{setting} if it only needs longer; its log ends: {tail}"
-    )
-
-
-def _ended(code: int | None) -> str:
-    if code is None:
-        return "its process is still there"
-    return f"signal {-code}" if code < 0 else f"exit status {code}"

@@ -58,6 +58,7 @@ class EngineSettings:
     sleep: bool = False
     quantization: str | None = None
     ipc: bool = False  # weights arrive as CUDA IPC handles
+    model_config: str = ""  # text of config.json, for an engine that cannot read model_dir
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -97,17 +98,17 @@ def send(connection: socket.socket, message: Message, deadline: float) -> None:
     described = [[name, a.dtype.str, a.shape] for name, a in arrays.items()]
     head = json.dumps({"op": message.op, "fields": message.fields, "arrays": described}).encode()
     body_bytes = sum(a.nbytes for a in arrays.values())
-    _send_bytes(connection, memoryview(_LENGTHS.pack(len(head), body_bytes) + head), deadline)
+    send_bytes(connection, memoryview(_LENGTHS.pack(len(head), body_bytes) + head), deadline)
     for array in arrays.values():
         if array.nbytes:
-            _send_bytes(connection, array.reshape(-1).view(np.uint8).data, deadline)
+            send_bytes(connection, array.reshape(-1).view(np.uint8).data, deadline)
 
 
 def receive(connection: socket.socket, deadline: float) -> Message:
     """Raises TimeoutError past `deadline`, EOFError if the other end closed, OSError if it died."""
-    head_bytes, body_bytes = _LENGTHS.unpack(_receive_bytes(connection, _LENGTHS.size, deadline))
-    head = json.loads(bytes(_receive_bytes(connection, head_bytes, deadline)))
-    body = _receive_bytes(connection, body_bytes, deadline)
+    head_bytes, body_bytes = _LENGTHS.unpack(receive_bytes(connection, _LENGTHS.size, deadline))
+    head = json.loads(bytes(receive_bytes(connection, head_bytes, deadline)))
+    body = receive_bytes(connection, body_bytes, deadline)
     arrays, start = {}, 0
     for name, dtype, shape in head["arrays"]:
         count = math.prod(shape)
@@ -117,13 +118,13 @@ def receive(connection: socket.socket, deadline: float) -> Message:
     return Message(head["op"], head["fields"], arrays)
 
 
-def _send_bytes(connection: socket.socket, data: memoryview, deadline: float) -> None:
+def send_bytes(connection: socket.socket, data: memoryview, deadline: float) -> None:
     for start in range(0, len(data), _CHUNK_BYTES):
         connection.settimeout(_remaining(deadline))
         connection.sendall(data[start : start + _CHUNK_BYTES])
 
 
-def _receive_bytes(connection: socket.socket, size: int, deadline: float) -> bytearray:
+def receive_bytes(connection: socket.socket, size: int, deadline: float) -> bytearray:
     data = bytearray(size)
     view = memoryview(data)
     done = 0

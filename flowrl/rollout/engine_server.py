@@ -1,6 +1,6 @@
 """The engine as a process of its own: answers one trainer over an inherited socket.
 
-    python -m flowrl.rollout.engine_server FD SETTINGS_JSON       (the sampler starts it)
+    python -m flowrl.rollout.engine_server FD SETTINGS_JSON     (started by a sampler)
 
 It ends when the connection closes, and kills its whole process group when its parent is gone.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import socket
 import sys
 import traceback
@@ -22,6 +21,7 @@ from flowrl.rollout.engine_protocol import (
     receive,
     send,
 )
+from flowrl.rollout.process_tree import kill_group
 from flowrl.rollout.vllm_engine import VLLMEngine
 from flowrl.rollout.vllm_worker import watch_parent
 
@@ -50,7 +50,7 @@ def serve(connection: socket.socket, engine: VLLMEngine) -> None:
 
 def main() -> None:
     if os.getpgid(0) == os.getpid():  # a group of its own: nobody else is hit
-        watch_parent(lambda: os.killpg(0, signal.SIGKILL))
+        watch_parent(lambda: kill_group(os.getpid()))
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)  # else the core would hold it open after this process's death
     settings = EngineSettings.from_json(sys.argv[2])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 GONE_LIMIT_S = 10.0  # a killed process gives its memory back before it is gone
+RESOURCE_TRACKER = b"multiprocessing.resource_tracker"
 
 
 def children() -> list[int]:
@@ -26,6 +28,39 @@ def children() -> list[int]:
 
 def group_members(group: int) -> list[int]:
     return sorted(pid for pid, _, pgid in _processes() if pgid == group)
+
+
+def kill_group(group: int) -> None:
+    """Kills a process group and waits until it is gone; it may be this process's own.
+
+    Python's resource trackers are left to end by themselves, as they do when all others are gone:
+    they remove the shared memory and semaphores that killed processes leave behind."""
+    deadline = time.monotonic() + GONE_LIMIT_S
+    while (others := _others(group)) and time.monotonic() < deadline:
+        for pid in others:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    if os.getpgid(0) == group:
+        os.kill(os.getpid(), signal.SIGKILL)
+    wait_until_gone(lambda: group_members(group))
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)  # a tracker that hangs
+
+
+def without_trackers(pids: Iterable[int]) -> list[int]:
+    """Those of the processes that are not Python's resource trackers."""
+    return sorted(pid for pid in pids if RESOURCE_TRACKER not in _command(pid))
+
+
+def _others(group: int) -> list[int]:
+    return without_trackers(pid for pid in group_members(group) if pid != os.getpid())
+
+
+def _command(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def is_alive(pid: int) -> bool:

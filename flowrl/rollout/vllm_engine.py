@@ -6,9 +6,9 @@ worker too, as child processes of whoever holds this object.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +24,7 @@ from flowrl.rollout.engine_protocol import (
     EngineSettings,
     Message,
 )
+from flowrl.rollout.owned_folder import OwnedFolder
 
 SHARED_MEMORY = Path("/dev/shm")
 CPU_BATCH_TOKENS = 4096  # prompt tokens that one pass takes
@@ -45,20 +46,32 @@ class VLLMEngine:
             ) from error
         self._vllm = vllm
         self._dead = EngineDeadError
+        shared = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+        self._folder = OwnedFolder("flowrl-engine-", shared)
+        self.weights_dir = self._folder.path / "weights"
+        self.weights_dir.mkdir()
+        if settings.model_config:
+            settings = dataclasses.replace(settings, model_dir=str(self._folder.path))
+            (self._folder.path / "config.json").write_text(settings.model_config)
         self.settings = settings
-        _check_model(settings)
+        self._has_weights = not settings.model_config
         try:
+            _check_model(settings)
             self.llm = vllm.LLM(settings.model_dir, **_arguments(settings))
         except (RuntimeError, ValueError, OSError) as error:
+            self._folder.remove()
+            if isinstance(error, EngineRefusedError):
+                raise
             raise EngineRefusedError(f"vLLM could not load the model: {error}") from error
         self.llm.collective_rpc("flowrl_die_with_parent")
-        folder = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-        self.weights_dir = Path(tempfile.mkdtemp(prefix="flowrl-weights-", dir=folder))
+        if settings.model_config:  # what is loaded from now on is real
+            update = {"load_config": {"load_format": "auto"}}
+            self.llm.collective_rpc("update_config", args=(update,))
         if settings.ipc:
             self.llm.collective_rpc("init_weight_transfer_engine", args=({"packed": False},))
 
     def ready(self) -> Message:
-        fields = {"weights_dir": str(self.weights_dir), "vllm": self._vllm.__version__}
+        fields = {"folder": str(self._folder.path), "vllm": self._vllm.__version__}
         return Message("ready", fields)
 
     def answer(self, message: Message) -> Message:
@@ -82,12 +95,14 @@ class VLLMEngine:
             raise EngineError(f"vLLM's core failed: {error}") from error
 
     def close(self) -> None:
-        shutil.rmtree(self.weights_dir, ignore_errors=True)
+        self._folder.remove()
         self.llm.llm_engine.engine_core.shutdown()
 
     # --- sampling
 
     def _generate(self, message: Message) -> Message:
+        if not self._has_weights:
+            raise EngineRefusedError("this engine has no weights yet; send them first")
         options, arrays = message.fields, message.arrays
         ends = arrays["prompt_lengths"].cumsum()
         prompts = [
@@ -158,6 +173,7 @@ class VLLMEngine:
             raise EngineError("vLLM's prefix cache is in use and could not be reset")
         for file in self.weights_dir.iterdir():
             file.unlink()
+        self._has_weights = True
         arguments = (list(message.fields["check"]), message.fields["version"])
         workers = self.llm.collective_rpc("flowrl_read_back", args=arguments)
         return Message("loaded", {"reports": [report for reports in workers for report in reports]})
@@ -201,6 +217,8 @@ def _arguments(settings: EngineSettings) -> Mapping[str, Any]:
         "generation_config": "vllm",  # no sampling defaults of the model's own
         "worker_extension_cls": WORKER_EXTENSION,
     }
+    if settings.model_config:
+        arguments["load_format"] = "dummy"
     if settings.quantization is not None:
         arguments["quantization"] = settings.quantization
     if settings.device == "cpu":

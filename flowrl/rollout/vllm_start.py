@@ -11,19 +11,23 @@ from typing import Any
 import torch
 
 from flowrl.config import Config
+from flowrl.parallel import Parallel
 from flowrl.rollout.engine_process import InProcess, ServerProcess
 from flowrl.rollout.engine_protocol import EngineHost, EngineSettings
+from flowrl.rollout.engine_remote import RemoteServer
+from flowrl.rollout.engine_token import read_token
 from flowrl.rollout.vllm_sampler import SyncOptions, VLLMSampler
 from flowrl.rollout_config import RolloutConfig
 from flowrl.schema import require
 
 
 def build_vllm_sampler(
-    config: Config, model_dir: Path, tokenizer: Any, device: torch.device
+    config: Config, model_dir: Path, tokenizer: Any, parallel: Parallel
 ) -> VLLMSampler:
     """Raises ConfigError for settings that this device or this vLLM cannot have."""
-    options = config.rollout
+    options, device = config.rollout, parallel.device
     check_device(options, device)
+    address = options.address_of(parallel.rank, parallel.world_size)
     settings = engine_settings(config, model_dir, device)
     sync = SyncOptions(
         generate_timeout_s=options.generate_timeout_s,
@@ -35,10 +39,15 @@ def build_vllm_sampler(
         sleep=options.sleep,
     )
     dtype = getattr(torch, config.model.dtype)
-    return VLLMSampler(model_dir, tokenizer, dtype, _starter(options, settings), sync)
+    return VLLMSampler(model_dir, tokenizer, dtype, _starter(options, settings, address), sync)
 
 
-def _starter(options: RolloutConfig, settings: EngineSettings) -> Callable[[], EngineHost]:
+def _starter(
+    options: RolloutConfig, settings: EngineSettings, address: str
+) -> Callable[[], EngineHost]:
+    if address:
+        token = read_token(options.server_token_file)
+        return partial(RemoteServer, address, token, settings, options.start_timeout_s)
     if options.mode == "in_process":
         return partial(InProcess, settings, options.start_timeout_s)
     return partial(ServerProcess, settings, options.server_python, options.start_timeout_s)
@@ -47,7 +56,8 @@ def _starter(options: RolloutConfig, settings: EngineSettings) -> Callable[[], E
 def engine_settings(config: Config, model_dir: Path, device: torch.device) -> EngineSettings:
     options = config.rollout
     is_cpu = device.type == "cpu"
-    shares_gpu = not is_cpu and options.tensor_parallel_size == 1
+    is_elsewhere = bool(options.server_address)
+    shares_gpu = not is_cpu and not is_elsewhere and options.tensor_parallel_size == 1
     transport = options.sync_transport
     if transport == "auto":
         transport = "ipc" if shares_gpu else "files"
@@ -56,7 +66,7 @@ def engine_settings(config: Config, model_dir: Path, device: torch.device) -> En
         model_dir=str(model_dir.resolve()),
         log_path=str(log.resolve()),
         dtype=config.model.dtype,
-        device=str(device),
+        device=device.type if is_elsewhere else str(device),
         max_model_len=options.max_prompt_tokens + options.max_new_tokens,
         max_sequences=options.max_batch_sequences,
         tensor_parallel_size=options.tensor_parallel_size,

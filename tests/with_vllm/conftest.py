@@ -6,6 +6,7 @@ make test-vllm
 import importlib.util
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
 from flowrl.records import Prompt, SampleRequest
-from flowrl.rollout.engine_protocol import EngineSettings
+from flowrl.rollout.engine_protocol import EngineSettings, Message
 from flowrl.rollout.vllm_sampler import SyncOptions, VLLMSampler
 
 WORDS = ["<pad>", "<eos>", "<unk>", *"0123456789+-= "]
@@ -111,3 +112,47 @@ def logp_abs_diff(model, rollouts, temperature):
 
 def kill(pid):
     os.kill(pid, signal.SIGKILL)
+
+
+def update(model, seed):
+    """A step of training, as far as weights are concerned."""
+    torch.manual_seed(seed)
+    for param in model.parameters():
+        param.add_(torch.randn_like(param) * 0.05 * param.abs().mean())
+
+
+class Faulty:
+    """A connection that loses or changes one tensor on its way; the rest is the real engine."""
+
+    def __init__(self, host, name, change):
+        self.host, self.changed, self.change = host, name, change
+        self.name, self.log_tail, self.close = host.name, host.log_tail, host.close
+
+    def call(self, message, limit_s):
+        if message.op == "weights" and self.changed in message.arrays:
+            message = self.change(message, self.changed)
+        return self.host.call(message, limit_s)
+
+
+def lose(message, name):
+    kept = [d for d in message.fields["tensors"] if d[0] != name]
+    return Message("weights", {"tensors": kept}, {n: message.arrays[n] for n, *_ in kept})
+
+
+def flip(message, name):
+    changed = message.arrays[name].copy()
+    changed[-2] ^= 1
+    return Message("weights", message.fields, {**message.arrays, name: changed})
+
+
+def below(pid):
+    """Its children: a thread's are not its main thread's."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for children in lists for child in children.read_text().split()]
+
+
+def wait_until(condition, limit_s):
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,13 +28,19 @@ from flowrl.schema import ConfigError
 from .conftest import (
     EOS,
     START_LIMIT_S,
+    Faulty,
+    below,
+    flip,
     kill,
     load_model,
     logp_abs_diff,
+    lose,
     make_request,
     sampler_for,
     settings_for,
     trainer_logprobs,
+    update,
+    wait_until,
 )
 
 pytestmark = pytest.mark.timeout(600)
@@ -62,13 +67,6 @@ def sampler(model_dir, tokenizer, model, tmp_path_factory):
     group = server(sampler).pid
     sampler.close()
     assert group_members(group) == []
-
-
-def update(model, seed):
-    """A step of training, as far as weights are concerned."""
-    torch.manual_seed(seed)
-    for param in model.parameters():
-        param.add_(torch.randn_like(param) * 0.05 * param.abs().mean())
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
@@ -181,30 +179,6 @@ def test_a_tensor_that_is_not_sent_stops_the_run(sampler, model):
         sampler.load_weights(left_out, 6)
 
 
-class Faulty:
-    """A connection that loses or changes one tensor on its way; the rest is the real engine."""
-
-    def __init__(self, host, name, change):
-        self.host, self.changed, self.change = host, name, change
-        self.name, self.log_tail, self.close = host.name, host.log_tail, host.close
-
-    def call(self, message, limit_s):
-        if message.op == "weights" and self.changed in message.arrays:
-            message = self.change(message, self.changed)
-        return self.host.call(message, limit_s)
-
-
-def lose(message, name):
-    kept = [d for d in message.fields["tensors"] if d[0] != name]
-    return Message("weights", {"tensors": kept}, {n: message.arrays[n] for n, *_ in kept})
-
-
-def flip(message, name):
-    changed = message.arrays[name].copy()
-    changed[-2] ^= 1
-    return Message("weights", message.fields, {**message.arrays, name: changed})
-
-
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -298,15 +272,3 @@ def test_a_server_does_not_outlive_a_trainer_that_is_killed(model_dir, tmp_path)
     trainer.kill()
     trainer.wait()
     wait_until(lambda: not group_members(servers[0]), 15)
-
-
-def below(pid):
-    path = Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(child) for child in path.read_text().split()]
-
-
-def wait_until(condition, limit_s):
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
