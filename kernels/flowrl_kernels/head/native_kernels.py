@@ -1,8 +1,6 @@
 """HeadKernels in native code (csrc/linear_logprobs_cpu.cpp, csrc/head_products_cpu.cpp).
 
-The workspace holds the logits until `dlogits_` overwrites them: one reading pass, one in place. In
-float32 both go tile by tile, so that what a product leaves is in the cache for the pass, and what
-the pass leaves for the next products.
+The workspace holds the logits until `dlogits_` overwrites them: one reading pass, one in place.
 Products of bfloat16 operands are native where the processor multiplies them faster than float32;
 dlogits are rounded to bfloat16 for them, after (p - 1). All other products are PyTorch's.
 """
