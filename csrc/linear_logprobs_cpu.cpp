@@ -2,6 +2,7 @@
 // A row belongs to one thread, so that results do not depend on the number of threads.
 
 #include <algorithm>
+#include <limits>
 
 #include <torch/csrc/stable/ops.h>
 
@@ -25,36 +26,40 @@ const float* optional_rows(const OptionalTensor& tensor, int64_t rows, const cha
 
 }  // namespace
 
-// Adds columns to the statistics of rows; vocab_start is where these columns start.
-void head_statistics_(Tensor row_max, Tensor sum_exp, Tensor at_target, Tensor sum_exp_z,
-                      Tensor logits, Tensor targets, int64_t vocab_start, bool entropy,
-                      int64_t level) {
-  const RowsOf z = checked_rows(logits, "logits");
+std::tuple<Tensor, Tensor, Tensor, Tensor> head_statistics(Tensor logits, Tensor targets,
+                                                           int64_t vocab_start, bool entropy,
+                                                           int64_t level) {
   const int64_t rows = logits.size(0), columns = logits.size(1);
+  const float* z = checked<float>(logits, rows * columns, "logits");
   const int64_t* target = checked<int64_t>(targets, rows, "targets");
-  float* maxima = checked<float>(row_max, rows, "row_max");
-  double* sums = checked<double>(sum_exp, rows, "sum_exp");
-  float* at = checked<float>(at_target, rows, "at_target");
-  double* sums_z = checked<double>(sum_exp_z, rows, "sum_exp_z");
+  const auto per_row = [&] { return torch::stable::new_empty(logits, {rows}); };
+  const Tensor row_max = per_row(), sum_exp = per_row(), at_target = per_row();
+  const Tensor sum_exp_z = per_row();
+  float* out_max = checked<float>(row_max, rows, "row_max");
+  float* out_sum = checked<float>(sum_exp, rows, "sum_exp");
+  float* out_target = checked<float>(at_target, rows, "at_target");
+  float* out_sum_z = checked<float>(sum_exp_z, rows, "sum_exp_z");
   const RowKernels& kernels = row_kernels(level);
   torch::stable::parallel_for(0, rows, grain_rows(columns), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      RowSums row = {maxima[i], sums[i], sums_z[i]};
-      kernels.statistics(z[i], columns, entropy, &row);
-      maxima[i] = row.row_max;
-      sums[i] = row.sum_exp;
-      sums_z[i] = row.sum_exp_z;
+      RowSums sums;
+      kernels.statistics(z + i * columns, columns, entropy, &sums);
       const int64_t column = target[i] - vocab_start;
-      if (column >= 0 && column < columns) at[i] = z[i][column];
+      const bool owned = column >= 0 && column < columns;
+      out_max[i] = sums.row_max;
+      out_sum[i] = sums.sum_exp;
+      out_sum_z[i] = sums.sum_exp_z;
+      out_target[i] = owned ? z[i * columns + column] : -std::numeric_limits<float>::infinity();
     }
   });
+  return {row_max, sum_exp, at_target, sum_exp_z};
 }
 
 void head_dlogits_(Tensor logits, Tensor targets, int64_t vocab_start, double temperature,
                    Tensor row_max, Tensor log_sum, Tensor dlogprobs, OptionalTensor dlse,
                    OptionalTensor row_entropy, OptionalTensor dentropy, int64_t level) {
-  const RowsOf z = checked_rows(logits, "logits");
   const int64_t rows = logits.size(0), columns = logits.size(1);
+  float* z = checked<float>(logits, rows * columns, "logits");
   const int64_t* target = checked<int64_t>(targets, rows, "targets");
   const float* maxima = checked<float>(row_max, rows, "row_max");
   const float* log_sums = checked<float>(log_sum, rows, "log_sum");
@@ -74,9 +79,9 @@ void head_dlogits_(Tensor logits, Tensor targets, int64_t vocab_start, double te
         scale -= g_entropy[i] * entropy[i];
         slope = g_entropy[i] * inverse;
       }
-      kernels.dlogits(z[i], columns, {maxima[i], log_sums[i], scale * inverse, slope});
+      kernels.dlogits(z + i * columns, columns, {maxima[i], log_sums[i], scale * inverse, slope});
       const int64_t column = target[i] - vocab_start;
-      if (column >= 0 && column < columns) z[i][column] += g_logprob[i] * inverse;
+      if (column >= 0 && column < columns) z[i * columns + column] += g_logprob[i] * inverse;
     }
   });
 }

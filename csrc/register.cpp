@@ -9,9 +9,8 @@ STABLE_TORCH_LIBRARY(flowrl_native, m) {
   m.def("highest_level() -> int");
   m.def("best_level() -> int");
   m.def(
-      "head_statistics_(Tensor(a!) row_max, Tensor(b!) sum_exp, Tensor(c!) at_target,"
-      " Tensor(d!) sum_exp_z, Tensor logits, Tensor targets, int vocab_start, bool entropy,"
-      " int level) -> ()");
+      "head_statistics(Tensor logits, Tensor targets, int vocab_start, bool entropy, int level)"
+      " -> (Tensor row_max, Tensor sum_exp, Tensor target, Tensor sum_exp_z)");
   m.def(
       "head_dlogits_(Tensor(a!) logits, Tensor targets, int vocab_start, float temperature,"
       " Tensor row_max, Tensor log_sum, Tensor dlogprobs, Tensor? dlse, Tensor? row_entropy,"
@@ -36,7 +35,7 @@ STABLE_TORCH_LIBRARY_IMPL(flowrl_native, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flowrl_native, CPU, m) {
-  m.impl("head_statistics_", TORCH_BOX(&flowrl::head_statistics_));
+  m.impl("head_statistics", TORCH_BOX(&flowrl::head_statistics));
   m.impl("head_dlogits_", TORCH_BOX(&flowrl::head_dlogits_));
   m.impl("head_logits_", TORCH_BOX(&flowrl::head_logits_));
   m.impl("head_dhidden", TORCH_BOX(&flowrl::head_dhidden));

@@ -11,9 +11,9 @@ namespace flowrl {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-void head_statistics_(Tensor row_max, Tensor sum_exp, Tensor at_target, Tensor sum_exp_z,
-                      Tensor logits, Tensor targets, int64_t vocab_start, bool entropy,
-                      int64_t level);
+std::tuple<Tensor, Tensor, Tensor, Tensor> head_statistics(Tensor logits, Tensor targets,
+                                                           int64_t vocab_start, bool entropy,
+                                                           int64_t level);
 
 void head_dlogits_(Tensor logits, Tensor targets, int64_t vocab_start, double temperature,
                    Tensor row_max, Tensor log_sum, Tensor dlogprobs, OptionalTensor dlse,

@@ -7,12 +7,11 @@
 
 namespace flowrl {
 
-// Sums over the columns of a row that have been read, relative to row_max = max_j z_j. Of none:
-// -inf, 0, 0.
+// Sums over the columns of a row, relative to row_max = max_j z_j.
 struct RowSums {
   float row_max;
-  double sum_exp;    // sum_j exp(z_j - row_max)
-  double sum_exp_z;  // sum_j exp(z_j - row_max) (z_j - row_max); 0 unless asked for
+  float sum_exp;    // sum_j exp(z_j - row_max)
+  float sum_exp_z;  // sum_j exp(z_j - row_max) (z_j - row_max); 0 unless asked for
 };
 
 // dz_j = p_j (scale - slope log p_j), p_j = exp(z_j - row_max - log_sum). The target is the
@@ -25,7 +24,7 @@ struct RowGradient {
 };
 
 struct RowKernels {
-  void (*statistics)(const float* z, int64_t columns, bool entropy, RowSums* sums);
+  void (*statistics)(const float* z, int64_t columns, bool entropy, RowSums* result);
   void (*dlogits)(float* z, int64_t columns, RowGradient row);
 };
 

@@ -14,7 +14,6 @@ from flowrl_kernels import (
     linear_policy_loss,
     trajectory_balance,
 )
-from flowrl_kernels.head import native_kernels
 from head_cases import FUSED, HEADS, Case, Watch, backends_for, make_case
 from numerics import assert_within_budget
 from torch import Tensor
@@ -109,12 +108,6 @@ def test_error_budget(rows, dtype, backend):
     for name, value in fused.items():
         assert_within_budget(value, plain[name], truth[name], name)
     assert result.metrics["length"].tolist() == CU_SEQLENS.diff().tolist()
-
-
-@pytest.mark.skipif("native" not in FUSED, reason="needs the native operators")
-def test_error_budget_tile_by_tile(monkeypatch):
-    monkeypatch.setattr(native_kernels, "TILE_COLUMNS", 32)
-    test_error_budget(30, torch.float32, "native")
 
 
 def test_equals_linear_logprobs_and_objective():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from flowrl_kernels import backends, linear_logprobs, native_library
-from flowrl_kernels.head import Head, RowGradients, native_kernels
+from flowrl_kernels.head import Head, RowGradients
 from flowrl_kernels.head.native_kernels import NativeHead
 from flowrl_kernels.head.torch_kernels import TorchHead
 from flowrl_kernels.head.vocab_parallel import finish
@@ -33,13 +33,6 @@ COLUMNS = [1, 3, 15, 16, 17, 63, 64, 65, 2047, 2048, 2049, 5003]
 
 def levels() -> list[int]:
     return list(range(OPERATORS.highest_level() + 1)) if "native" in FUSED else []
-
-
-def no_sums(rows: int) -> tuple[Tensor, ...]:
-    """Statistics of no column: row_max, sum_exp, at_target, sum_exp_z."""
-    lowest = torch.full((rows,), -math.inf)
-    none = torch.zeros(rows, dtype=torch.float64)
-    return lowest, none, lowest.clone(), none.clone()
 
 
 def outputs(kernels: NativeHead | TorchHead, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -107,12 +100,9 @@ def test_infinitely_unlikely_columns_take_no_part(level):
     logits = torch.zeros(1, 70)
     logits[0, 8:] = -math.inf
     targets = torch.tensor([3])
-    sums = no_sums(1)
-    OPERATORS.head_statistics_(*sums, torch.full((1, 9), -math.inf), targets, 70, True, level)
-    assert [float(x) for x in sums] == [-math.inf, 0, -math.inf, 0]
-    OPERATORS.head_statistics_(*sums, logits, targets, 0, True, level)
-    assert [float(x) for x in sums] == [0, 8, 0, 0]
-    row_max, log_sum, one = sums[0], sums[1].log().float(), torch.ones(1)
+    row_max, sum_exp, target, sum_exp_z = OPERATORS.head_statistics(logits, targets, 0, True, level)
+    assert [float(x) for x in (row_max, sum_exp, target, sum_exp_z)] == [0, 8, 0, 0]
+    log_sum, one = sum_exp.log(), torch.ones(1)
     OPERATORS.head_dlogits_(logits, targets, 0, 1.0, row_max, log_sum, one, None, one, one, level)
     assert logits[0, :8].isfinite().all()
     assert not logits[0, 8:].any()
@@ -123,7 +113,7 @@ def test_a_level_that_is_not_there_is_refused():
     logits, targets = torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)
     for level in (len(native_library.LEVELS), -2):
         with pytest.raises(RuntimeError, match=f"level must be -1 or one .* got {level}"):
-            OPERATORS.head_statistics_(*no_sums(1), logits, targets, 0, False, level)
+            OPERATORS.head_statistics(logits, targets, 0, False, level)
     assert native_library.level() in native_library.LEVELS
 
 
@@ -226,30 +216,11 @@ def test_every_instruction_set_serves_the_whole_operator(monkeypatch, level):
 
 
 @needs_library
-def test_tiles_of_the_vocabulary(monkeypatch):
-    """Products and passes in five tiles, the last one narrower; entropy's gradient included."""
-    monkeypatch.setattr(native_kernels, "TILE_COLUMNS", 32)
-    case = make_case(33, 130, 48, size=3)
-    runs = {
-        name: outputs_and_gradients(case, dtype, backend=backend, temperature=0.7)
-        for name, dtype, backend in (
-            ("native", torch.float32, "native"),
-            ("plain", torch.float32, "reference"),
-            ("truth", torch.float64, "reference"),
-        )
-    }
-    for name, value in runs["native"].items():
-        assert_within_budget(value, runs["plain"][name], runs["truth"][name], name)
-
-
-@needs_library
 def test_operators_are_registered_as_torch_expects():
     logits, targets = torch.randn(3, 10), torch.tensor([0, 5, 9])
     tests = ("test_schema", "test_autograd_registration")
     torch.library.opcheck(
-        OPERATORS.head_statistics_.default,
-        (*no_sums(3), logits, targets, 0, True, -1),
-        test_utils=tests,
+        OPERATORS.head_statistics.default, (logits, targets, 0, True, -1), test_utils=tests
     )
     rows = [torch.rand(3) for _ in range(6)]
     torch.library.opcheck(
@@ -266,12 +237,10 @@ def test_operators_are_registered_as_torch_expects():
 
 @needs_library
 def test_operators_refuse_what_they_cannot_read():
-    sums = no_sums(2)
-    for wrong in (torch.zeros(4, 2).T, torch.zeros(2, 4, dtype=torch.float64), torch.zeros(2)):
-        with pytest.raises(RuntimeError, match="logits must be float32 rows without gaps"):
-            OPERATORS.head_statistics_(*sums, wrong, torch.zeros(2).long(), 0, False, -1)
+    with pytest.raises(RuntimeError, match="logits must be contiguous, of the operator's dtype"):
+        OPERATORS.head_statistics(torch.zeros(4, 2).T, torch.zeros(2).long(), 0, False, -1)
     with pytest.raises(RuntimeError, match="targets must be .* and have 2 elements, got 3"):
-        OPERATORS.head_statistics_(*sums, torch.zeros(2, 4), torch.zeros(3).long(), 0, False, -1)
+        OPERATORS.head_statistics(torch.zeros(2, 4), torch.zeros(3).long(), 0, False, -1)
 
 
 @needs_library

@@ -11,7 +11,7 @@ Legend: n rows of a chunk, D hidden, V_valid columns of this rank that are true 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -39,11 +39,6 @@ class Head:
     def dtype(self) -> torch.dtype:
         """Of logits, statistics and gradient sums."""
         return statistics_dtype(self.weight.dtype)
-
-    def of(self, columns: slice) -> Head:
-        """The same with a part of this rank's columns."""
-        start = self.vocab_start + columns.start
-        return replace(self, weight=self.weight[columns], vocab_start=start)
 
     def own_targets(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Column of each target in this rank's weight (0 where another rank has it), and which
@@ -83,17 +78,14 @@ class RowGradients:
 
 
 class Products(Protocol):
-    """The two gradient products, from the dlogits that `HeadKernels.dlogits_` left. Rows of
-    `dlogits` may have gaps where `HeadKernels.columns_at_once` are fewer than all."""
+    """The two gradient products, from the dlogits that `HeadKernels.dlogits_` left."""
 
-    def dhidden_(
+    def dhidden(
         self,
-        total: Tensor,  # (n, D) float32 (float64 for float64)
         dlogits: Tensor,  # (n, V)
         weight: Tensor,  # (V, D)
-        beta: int,
-    ) -> None:
-        """total = beta * total + dlogits @ weight; for beta 0, total is not read."""
+    ) -> Tensor:  # (n, D)
+        """dlogits @ weight, summed in float32 (float64 for float64)."""
         ...
 
     def dweight_(
@@ -111,11 +103,6 @@ class HeadKernels(Protocol):
     products: Products
     forward_needs_workspace: bool
     """Whether `statistics` needs `out` when no gradient follows."""
-
-    def columns_at_once(self, head: Head) -> int:
-        """Columns that `dlogits_` and the products take at a time, so that what the one leaves is
-        in the cache for the others."""
-        ...
 
     def logit_bytes(self, head: Head) -> int:
         """What a logit costs at the height of a chunk: workspace, and copies of it."""
@@ -139,7 +126,7 @@ class HeadKernels(Protocol):
         self,
         head: Head,
         targets: Tensor,  # (n,)
-        out: Tensor,  # (n, V_valid), or the columns of `head.of`
+        out: Tensor,  # (n, V_valid)
         local: LocalStatistics,
         rows: RowStatistics,
         gradients: RowGradients,

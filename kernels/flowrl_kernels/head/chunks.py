@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from flowrl_kernels.checks import IGNORE_INDEX
-from flowrl_kernels.head import Head, HeadKernels, LocalStatistics, RowGradients, RowStatistics
+from flowrl_kernels.head import Head, HeadKernels, Products
 from flowrl_kernels.head.vocab_parallel import sum_over_ranks_
 
 # The default of max_logits_bytes. CPU: the products reach their full rate from about 256 rows of
@@ -64,13 +64,13 @@ class HeadGradients:
     def __init__(
         self,
         head: Head,
-        kernels: HeadKernels,
+        products: Products,
         hidden: Tensor,  # (T, D)
         padded_weight: Tensor,  # (V_local, D)
         wanted: tuple[bool, bool],
         weight_sum: Tensor | None = None,
     ) -> None:
-        self._head, self._kernels = head, kernels
+        self._head, self._products = head, products
         self._hidden = hidden
         want_hidden, want_weight = wanted
         # Parts of several ranks are summed before they are rounded to the dtype of hidden.
@@ -88,34 +88,15 @@ class HeadGradients:
     def wanted(self) -> bool:
         return self._dhidden is not None or self._dweight is not None
 
-    def add(
-        self,
-        rows: Rows,
-        targets: Tensor,  # (n,)
-        out: Tensor,  # (n, V_valid) as `statistics` left it; overwritten
-        local: LocalStatistics,
-        done: RowStatistics,
-        incoming: RowGradients,
-    ) -> None:
-        """The rows of d(hidden) are set, d(weight) is added to."""
-        hidden, products, columns = self._hidden[rows], self._kernels.products, out.shape[1]
-        total = None
+    def add(self, rows: Rows, dlogits: Tensor) -> None:
+        """dlogits (n, V_valid) of `rows`; the rows of d(hidden) are set, d(weight) is added to."""
         if self._dhidden is not None:
-            total = hidden.new_empty(hidden.shape, dtype=self._head.dtype)
-            if columns == 0:  # this rank holds padding only
-                total.zero_()
-        step = max(self._kernels.columns_at_once(self._head), 1)
-        for start in range(0, columns, step):
-            part = slice(start, min(start + step, columns))
-            head, dlogits = self._head.of(part), out[:, part]
-            self._kernels.dlogits_(head, targets, dlogits, local, done, incoming)
-            if total is not None:
-                products.dhidden_(total, dlogits, head.weight, int(start > 0))
-            if self._dweight is not None:
-                products.dweight_(self._dweight[part], dlogits, hidden, self._beta)
-        self._beta = 1
-        if self._dhidden is not None and total is not None:
-            self._dhidden[rows] = total.to(self._dhidden.dtype)
+            found = self._products.dhidden(dlogits, self._head.weight)
+            self._dhidden[rows] = found.to(self._dhidden.dtype)
+        if self._dweight is not None:
+            valid = self._dweight[: dlogits.shape[1]]
+            self._products.dweight_(valid, dlogits, self._hidden[rows], self._beta)
+            self._beta = 1
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """d(hidden) in the dtype of hidden, d(weight) in head.dtype."""

@@ -33,20 +33,14 @@ def logits_bytes(weight: Tensor, max_logits_bytes: int | None) -> int:
     return min(max(enough, REUSED_LOGITS_BYTES), MOST_LOGITS_BYTES[weight.dtype])
 
 
-TILE_COLUMNS = 1024  # of float32 logits between products and passes: 1.5 MB in 384 rows
-
-
 @dataclass(frozen=True)
 class NativeProducts:
     level: int
 
-    def dhidden_(self, total: Tensor, dlogits: Tensor, weight: Tensor, beta: int) -> None:
+    def dhidden(self, dlogits: Tensor, weight: Tensor) -> Tensor:
         if _native(weight, self.level):
-            assert beta == 0, "all columns at once"
-            weight = weight.contiguous()
-            total.copy_(torch.ops.flowrl_native.head_dhidden(dlogits, weight, self.level))
-        else:
-            torch_products.dhidden_(total, dlogits, weight, beta)
+            return torch.ops.flowrl_native.head_dhidden(dlogits, weight.contiguous(), self.level)
+        return torch_products.dhidden(dlogits, weight)
 
     def dweight_(self, total: Tensor, dlogits: Tensor, hidden: Tensor, beta: int) -> None:
         if _native(hidden, self.level):
@@ -66,10 +60,6 @@ class NativeHead:
         self.level = level
         self.products = NativeProducts(level)
 
-    def columns_at_once(self, head: Head) -> int:
-        columns = max(head.weight.shape[0], 1)
-        return columns if _native(head.weight, self.level) else min(TILE_COLUMNS, columns)
-
     def logit_bytes(self, head: Head) -> int:
         return head.dtype.itemsize
 
@@ -80,34 +70,16 @@ class NativeHead:
         self, head: Head, hidden: Tensor, targets: Tensor, out: Tensor | None
     ) -> LocalStatistics:
         assert out is not None, "forward_needs_workspace"
-        row_max = out.new_full((out.shape[0],), float("-inf"))
-        target = row_max.clone()
-        sum_exp = torch.zeros_like(row_max, dtype=torch.float64)
-        sum_exp_z = torch.zeros_like(sum_exp)
-        hidden, targets = hidden.contiguous(), targets.contiguous()
-        step = self.columns_at_once(head)
-        for start in range(0, out.shape[1], step):
-            columns = slice(start, min(start + step, out.shape[1]))
-            part, logits = head.of(columns), out[:, columns]
-            if _native(hidden, self.level):
-                torch.ops.flowrl_native.head_logits_(
-                    logits, hidden, part.weight.contiguous(), 1 / head.temperature, self.level
-                )
-            else:
-                torch_products.logits_(logits, hidden, part.weight, 1 / head.temperature)
-            torch.ops.flowrl_native.head_statistics_(
-                row_max,
-                sum_exp,
-                target,
-                sum_exp_z,
-                logits,
-                targets,
-                part.vocab_start,
-                head.entropy,
-                self.level,
+        if _native(hidden, self.level):
+            torch.ops.flowrl_native.head_logits_(
+                out, hidden.contiguous(), head.weight.contiguous(), 1 / head.temperature, self.level
             )
-        entropy_sum = sum_exp_z.float() if head.entropy else None
-        return LocalStatistics(row_max, sum_exp.float(), target, entropy_sum)
+        else:
+            torch_products.logits_(out, hidden, head.weight, 1 / head.temperature)
+        row_max, sum_exp, target, sum_exp_z = torch.ops.flowrl_native.head_statistics(
+            out, targets.contiguous(), head.vocab_start, head.entropy, self.level
+        )
+        return LocalStatistics(row_max, sum_exp, target, sum_exp_z if head.entropy else None)
 
     def dlogits_(
         self,

@@ -29,16 +29,17 @@ def logits_(out: Tensor, hidden: Tensor, weight: Tensor, scale: float) -> None:
         torch.addmm(part, hidden, tile.T, beta=0, alpha=scale, out=part)
 
 
-def dhidden_(total: Tensor, dlogits: Tensor, weight: Tensor, beta: int) -> None:
-    """total (n, D) = beta * total + dlogits (n, V) @ weight (V, D); beta 0: total is not read.
-    dlogits may be low precision already where the products are."""
-    if _mixed(weight, total):
-        dlogits = dlogits.to(weight.dtype)
-        torch.addmm(total, dlogits, weight, out_dtype=total.dtype, beta=beta, out=total)
-        return
-    for columns, tile in _tiles(weight, total.dtype):
-        total.addmm_(dlogits[:, columns], tile, beta=beta)
-        beta = 1
+def dhidden(dlogits: Tensor, weight: Tensor) -> Tensor:
+    """(n, V) @ (V, D) -> (n, D), in float32 (float64 for float64). dlogits may be low precision
+    already where the products are."""
+    if is_mixed(weight.dtype, weight.device):
+        return torch.mm(dlogits.to(weight.dtype), weight, out_dtype=torch.float32)
+    if weight.dtype == dlogits.dtype:
+        return dlogits @ weight
+    total = dlogits.new_zeros(dlogits.shape[0], weight.shape[1])
+    for columns, tile in _tiles(weight, dlogits.dtype):
+        total.addmm_(dlogits[:, columns], tile)
+    return total
 
 
 def dweight_(total: Tensor, dlogits: Tensor, hidden: Tensor, beta: int) -> None:

@@ -81,9 +81,6 @@ class TiledHead(ABC):
     ) -> None:
         """E in `out` becomes d(logits)."""
 
-    def columns_at_once(self, head: Head) -> int:
-        return head.weight.shape[0]
-
     def logit_bytes(self, head: Head) -> int:
         return self.workspace_dtype(head).itemsize
 

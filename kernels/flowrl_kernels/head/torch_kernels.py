@@ -31,9 +31,6 @@ class TorchHead:
     products: Products = products
     forward_needs_workspace = True
 
-    def columns_at_once(self, head: Head) -> int:
-        return head.weight.shape[0]
-
     def logit_bytes(self, head: Head) -> int:
         """A bfloat16 copy of the gradient, where the products need it, counts too."""
         return head.dtype.itemsize + 2 * is_mixed(head.weight.dtype, head.weight.device)

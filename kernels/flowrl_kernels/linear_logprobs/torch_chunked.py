@@ -115,7 +115,7 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden, weight, targets, logprobs, row_max, log_sum, entropy = ctx.saved_tensors
         head = call.head(weight)
         wanted = (ctx.needs_input_grad[1], ctx.needs_input_grad[2])
-        gradients = HeadGradients(head, call.kernels, hidden, weight, wanted)
+        gradients = HeadGradients(head, call.kernels.products, hidden, weight, wanted)
         if dlogprobs is None:
             dlogprobs = torch.zeros_like(logprobs)
         chunks = call.chunks(head, targets)
@@ -126,7 +126,8 @@ class _LinearLogprobs(torch.autograd.Function):
                 local = call.kernels.statistics(head, hidden[rows], of_rows, out)
                 done = RowStatistics(row_max[rows], log_sum[rows], logprobs[rows], entropy[rows])
                 incoming = RowGradients(dlogprobs[rows], _at(dlse, rows), _at(dentropy, rows))
-                gradients.add(rows, of_rows, out, local, done, incoming)
+                call.kernels.dlogits_(head, of_rows, out, local, done, incoming)
+                gradients.add(rows, out)
         dhidden, dweight = gradients.finish()
         return None, dhidden, None if dweight is None else dweight.to(weight.dtype), None
 

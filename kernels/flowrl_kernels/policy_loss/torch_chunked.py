@@ -163,7 +163,7 @@ class _Evaluation:
         }
         self._gradients = HeadGradients(
             call.head,
-            call.kernels,
+            call.kernels.products,
             hidden,
             weight,
             (needed[0], needed[1]),
@@ -212,7 +212,8 @@ class _Evaluation:
                 local = self._local(piece, out)
             dentropy = None if self._dentropy is None else self._dentropy[piece]
             incoming = RowGradients(self._dlogprobs[piece], entropy=dentropy)
-            self._gradients.add(piece, targets[piece], out, local, done, incoming)
+            self._call.kernels.dlogits_(self._head, targets[piece], out, local, done, incoming)
+            self._gradients.add(piece, out)
         return loss
 
     def _local(self, rows: RowIndex, out: Tensor | None) -> LocalStatistics:
