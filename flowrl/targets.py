@@ -18,6 +18,7 @@ import numpy as np
 from flowrl.objectives.base import FixedPoint
 
 ZSCORE_EPS = 1e-6  # as objectives/groups.py adds to the standard deviation
+PRIORS = {"reference": "pi_ref ", "backward": "P_B ", "uniform": ""}  # as formulas write them
 MAX_ROUNDS = 10_000  # of the self-consistent success of z-scored rewards
 TOLERANCE = 1e-12
 

@@ -166,8 +166,9 @@ def _distance(run: RunData) -> Plot | None:
     }
     return draw_panels(
         "distance", "Distance to the exact target",
-        "Between the policy and pi_ref exp(beta r) / Z, both tabulated over every answer; mean "
-        "over prompts. L1 is 0 to 2; the divergences are in nats.",
+        "Between the policy and pi_ref exp(beta r) / Z (Flow of Reasoning: P_B in place of "
+        "pi_ref), both tabulated over every answer; mean over prompts. L1 is 0 to 2; the "
+        "divergences are in nats.",
         [
             _panel("L1, JSD", run.evals, dict(list(names.items())[:2]), "zero", marked=True),
             _panel("KL (nats)", run.evals, dict(list(names.items())[2:]), "zero", marked=True),

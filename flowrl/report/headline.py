@@ -125,7 +125,8 @@ MEASURES = (
     Measure(
         r"diversity/success_target",
         "exact success of the target",
-        "The same for the target pi_ref exp(beta r) / Z: what a policy that matches it reaches.",
+        "The same for the target pi_ref exp(beta r) / Z (Flow of Reasoning: P_B in place of "
+        "pi_ref): what a policy that matches it reaches.",
         "neither",
         "share",
     ),

@@ -23,6 +23,7 @@ from flowrl.report.figures import (
     write_share,
 )
 from flowrl.run_reader import RunData, read_eval_ends
+from flowrl.targets import PRIORS
 
 NUM_PROMPTS = 6
 NUM_OUTCOMES = 18  # drawn one by one; the rest is one more
@@ -39,7 +40,10 @@ def section(run: RunData) -> Section:
         exact = after.get("exact")
         if exact:
             prompts = exact["prompts"][:NUM_PROMPTS]
-            plots = [_exact_plot(i, prompt, exact["beta"]) for i, prompt in enumerate(prompts)]
+            point = exact.get("fixed_point") or {}
+            prior = PRIORS[point.get("prior", "reference")]
+            target = f"{prior}exp({exact['beta']:g} r) / Z"
+            plots = [_exact_plot(i, prompt, target) for i, prompt in enumerate(prompts)]
         else:
             pairs = _varied_problems(before, after)
             plots = [_counts_plot(i, *pair) for i, pair in enumerate(pairs)]
@@ -49,7 +53,7 @@ def section(run: RunData) -> Section:
 # --- against the exact target
 
 
-def _exact_plot(index: int, prompt: dict[str, Any], beta: float) -> Plot:
+def _exact_plot(index: int, prompt: dict[str, Any], formula: str) -> Plot:
     target, reference, policy = (
         np.asarray(prompt[name], dtype=np.float64) for name in ("target", "reference", "policy")
     )
@@ -74,7 +78,7 @@ def _exact_plot(index: int, prompt: dict[str, Any], beta: float) -> Plot:
     )
     return finish(
         figure, f"exact-{index}", f"Prompt “{prompt['prompt']}”",
-        f"Exact probability of each answer. Target: pi_ref exp({beta:g} r) / Z; policy: after "
+        f"Exact probability of each answer. Target: {formula}; policy: after "
         "training; before: pi_ref. Answers by target, right ones left of the line; “ill-formed” is "
         f"all other text. L1 of policy to target: {distance:.3f}.",
         f"Probability of each answer under target and policy. {told}. L1 distance {distance:.3f}.",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flowrl.targets import PRIORS
+
 COLUMNS = (  # heading, measure, format
     ("success", "success_exact", "{:.3f}"),
     ("L1 to own target", "l1_to_target", "{:.3f}"),
@@ -16,8 +18,6 @@ COLUMNS = (  # heading, measure, format
     ("pass@16", "pass@16", "{:.3f}"),
     ("judge score", "judge_score", "{:.2f}"),
 )
-
-PRIORS = {"reference": "pi_ref ", "backward": "P_B ", "uniform": ""}
 
 
 def describe_target(target: Mapping[str, Any], of: str = "nominal") -> str:
