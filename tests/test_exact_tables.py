@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def test_an_evaluation_reports_target_and_fixed_point_apart(base_cache):
     assert metrics["diversity/success_target"] == pytest.approx(0.464, abs=0.1)
     detail = found.detail["exact"]
     assert detail["nominal_beta"] == 1.0
-    assert detail["fixed_point"] == {"beta": 1.0, "length_normalised": True, "reward": "raw"}
+    assert detail["fixed_point"] == asdict(FixedPoint(1.0, length_normalised=True))
     assert set(detail["per_prompt"]) <= set(metrics)
     assert len(found.detail["problems"][0]["solutions"]) == 4
 

@@ -264,4 +264,4 @@ def test_the_process_does_not_grow_by_a_model(large, tmp_path):
 
     export("warm", SHARD_BYTES)
     assert peak_bytes(lambda: export("streamed", SHARD_BYTES)) < 7 * LAYER_BYTES
-    assert peak_bytes(lambda: export("whole", 1 << 40)) > 12 * LAYER_BYTES
+    assert peak_bytes(lambda: export("whole", 1 << 40)) > 10 * LAYER_BYTES

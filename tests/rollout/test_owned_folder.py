@@ -6,7 +6,12 @@ import time
 from pathlib import Path
 
 from flowrl.rollout.owned_folder import OwnedFolder, remove_abandoned
-from flowrl.rollout.process_tree import group_members, kill_group
+from flowrl.rollout.process_tree import (
+    group_members,
+    kill_group,
+    wait_until_gone,
+    without_trackers,
+)
 
 OWNER = """
 import sys, time
@@ -71,6 +76,7 @@ def test_a_killed_group_leaves_no_shared_memory():
     process, path = started(SHARER)
     tracker = [pid for pid in group_members(process.pid) if pid != process.pid]
     assert tracker, "Python's resource tracker is in the group, and must not be killed with it"
+    wait_until_gone(lambda: without_trackers(tracker))  # it has a name of its own once it runs
     assert path.exists()
     began = time.monotonic()
     kill_group(process.pid)
