@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 
 from flowrl.records import Prompt, SampleRequest
 from flowrl.rollout.engine_protocol import EngineSettings, Message
+from flowrl.rollout.process_tree import group_members, without_trackers
 from flowrl.rollout.vllm_sampler import SyncOptions, VLLMSampler
 
 WORDS = ["<pad>", "<eos>", "<unk>", *"0123456789+-= "]
@@ -112,6 +113,11 @@ def logp_abs_diff(model, rollouts, temperature):
 
 def kill(pid):
     os.kill(pid, signal.SIGKILL)
+
+
+def stop_worker(group):
+    """An engine whose request stays under way until somebody kills it."""
+    os.kill(without_trackers(group_members(group))[-1], signal.SIGSTOP)
 
 
 def update(model, seed):

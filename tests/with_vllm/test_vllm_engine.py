@@ -38,6 +38,7 @@ from .conftest import (
     make_request,
     sampler_for,
     settings_for,
+    stop_worker,
     trainer_logprobs,
     update,
     wait_until,
@@ -222,11 +223,11 @@ def test_an_engine_killed_while_idle_is_started_again_with_its_weights(
 
 def test_an_engine_killed_in_a_rollout_ends_the_step(sampler, tokenizer):
     group = server(sampler).pid
-    request = make_request(tokenizer, group_size=256, max_new_tokens=128)
+    stop_worker(group)  # no answer comes before the kill
     threading.Timer(0.3, kill, [group]).start()
     began = time.monotonic()
     with pytest.raises(EngineError, match=r"died during generate.*log.*ends: .*all 1 restarts"):
-        sampler.sample(request)
+        sampler.sample(make_request(tokenizer))
     assert time.monotonic() - began < 30
     assert group_members(group) == []
 
