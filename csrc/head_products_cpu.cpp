@@ -1,4 +1,5 @@
-// The three products of the output layer for bfloat16 operands, summed in float32.
+// The three products of the output layer, summed in float32: those of bfloat16 operands, and where
+// those of float32 operands go (fp32_products_cpu.cpp).
 //
 // Each runs over the vocabulary in tiles that are packed once, used for all rows, and forgotten.
 // Which sums are added to which does not depend on the number of threads.
@@ -11,6 +12,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "checked.h"
+#include "fp32_products.h"
 #include "operators.h"
 #include "product_kernels.h"
 
@@ -59,6 +61,8 @@ void multiply(const ProductKernels& kernels, const BFloat16Bits* left, int64_t r
                      std::min(kBlockRows, columns - column), to.scale, to.accumulate});
 }
 
+bool is_float32(const Tensor& operand) { return operand.scalar_type() == ScalarType::Float; }
+
 Packed left_copy(const BFloat16Bits* from, int64_t rows, int64_t columns) {
   Packed to = packed_buffer(rows, columns);
   const int64_t depth = padded(columns);
@@ -72,9 +76,14 @@ Packed left_copy(const BFloat16Bits* from, int64_t rows, int64_t columns) {
 
 // out (n, V) = scale * hidden (n, D) @ weight (V, D).T
 void head_logits_(Tensor out, Tensor hidden, Tensor weight, double scale, int64_t level) {
-  const ProductKernels& kernels = product_kernels(level);
   const int64_t n = hidden.size(0), D = hidden.size(1), V = weight.size(0);
   float* z = checked<float>(out, n * V, "out");
+  if (is_float32(weight)) {
+    fp32_logits(fp32_kernels(level), {n, D, V}, checked<float>(hidden, n * D, "hidden"),
+                checked<float>(weight, V * D, "weight"), static_cast<float>(scale), z);
+    return;
+  }
+  const ProductKernels& kernels = product_kernels(level);
   const BFloat16Bits* w = checked<BFloat16Bits>(weight, V * D, "weight");
   const Packed left = left_copy(checked<BFloat16Bits>(hidden, n * D, "hidden"), n, D);
   const int64_t tiles = (V + kLogitColumns - 1) / kLogitColumns;
@@ -93,12 +102,17 @@ void head_logits_(Tensor out, Tensor hidden, Tensor weight, double scale, int64_
 // dlogits (n, V) @ weight (V, D) -> (n, D). The vocabulary is cut in slices whose number depends on
 // V alone; each has its own sum, and the sums are added in order.
 Tensor head_dhidden(Tensor dlogits, Tensor weight, int64_t level) {
-  const ProductKernels& kernels = product_kernels(level);
   const int64_t n = dlogits.size(0), V = dlogits.size(1), D = weight.size(1);
   const float* dz = checked<float>(dlogits, n * V, "dlogits");
-  const BFloat16Bits* w = checked<BFloat16Bits>(weight, V * D, "weight");
   const Tensor result = torch::stable::new_empty(dlogits, {n, D});
   float* total = checked<float>(result, n * D, "result");
+  if (is_float32(weight)) {
+    fp32_dhidden(fp32_kernels(level), {n, D, V}, dz, checked<float>(weight, V * D, "weight"),
+                 total);
+    return result;
+  }
+  const ProductKernels& kernels = product_kernels(level);
+  const BFloat16Bits* w = checked<BFloat16Bits>(weight, V * D, "weight");
   if (V == 0) std::fill_n(total, n * D, 0.0f);
   const int64_t slices = std::clamp<int64_t>(V / kSliceColumns, 1, kSlices);
   const Tensor others = torch::stable::new_empty(dlogits, {slices - 1, n, D});
@@ -131,10 +145,15 @@ Tensor head_dhidden(Tensor dlogits, Tensor weight, int64_t level) {
 
 // total (V, D) = [total +] dlogits (n, V).T @ hidden (n, D)
 void head_dweight_(Tensor total, Tensor dlogits, Tensor hidden, bool accumulate, int64_t level) {
-  const ProductKernels& kernels = product_kernels(level);
   const int64_t n = dlogits.size(0), V = dlogits.size(1), D = hidden.size(1);
   float* sums = checked<float>(total, V * D, "total");
   const float* dz = checked<float>(dlogits, n * V, "dlogits");
+  if (is_float32(hidden)) {
+    fp32_dweight(fp32_kernels(level), {n, D, V}, dz, checked<float>(hidden, n * D, "hidden"),
+                 accumulate, sums);
+    return;
+  }
+  const ProductKernels& kernels = product_kernels(level);
   const BFloat16Bits* x = checked<BFloat16Bits>(hidden, n * D, "hidden");
   const Packed panels = packed_buffer(n, D);
   kernels.pack_panels(x, D, n, D, panels.get());

@@ -8,6 +8,7 @@
 STABLE_TORCH_LIBRARY(flowrl_native, m) {
   m.def("highest_level() -> int");
   m.def("best_level() -> int");
+  m.def("has_products(bool bfloat16, int level) -> bool");
   m.def(
       "head_statistics(Tensor logits, Tensor targets, int vocab_start, bool entropy, int level)"
       " -> (Tensor row_max, Tensor sum_exp, Tensor target, Tensor sum_exp_z)");
@@ -32,6 +33,7 @@ STABLE_TORCH_LIBRARY(flowrl_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(flowrl_native, CompositeExplicitAutograd, m) {
   m.impl("highest_level", TORCH_BOX(&flowrl::highest_level));
   m.impl("best_level", TORCH_BOX(&flowrl::best_level));
+  m.impl("has_products", TORCH_BOX(&flowrl::has_products));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flowrl_native, CPU, m) {

@@ -15,8 +15,6 @@ LIBRARY = Path(__file__).with_name("_C.abi3.so")
 BUILD = "FLOWRL_BUILD_NATIVE=1 pip install --no-build-isolation -e ."
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 """Instruction sets of the CPU operators, by the number that they go by in csrc/."""
-FIRST_WITH_PRODUCTS = LEVELS.index("avx512_bf16")
-"""From this one on there are products of bfloat16 operands with float32 sums."""
 
 
 def _load() -> str | None:

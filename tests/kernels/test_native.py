@@ -23,16 +23,21 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 OPERATORS = torch.ops.flowrl_native
 needs_library = pytest.mark.skipif("native" not in FUSED, reason=str(native_library.PROBLEM))
-needs_products = pytest.mark.skipif(
-    "native" not in FUSED or OPERATORS.highest_level() < native_library.FIRST_WITH_PRODUCTS,
-    reason="needs a processor with AVX512-BF16",
-)
 # Around the widths of registers (4, 8, 16), of an unrolled step (64) and of a block (2048).
 COLUMNS = [1, 3, 15, 16, 17, 63, 64, 65, 2047, 2048, 2049, 5003]
 
 
 def levels() -> list[int]:
     return list(range(OPERATORS.highest_level() + 1)) if "native" in FUSED else []
+
+
+def levels_with_products() -> list[tuple[int, torch.dtype]]:
+    dtypes = (torch.bfloat16, torch.float32)
+    return [(i, t) for i in levels() for t in dtypes if has_products(t, i)]
+
+
+def has_products(dtype: torch.dtype, level: int) -> bool:
+    return OPERATORS.has_products(dtype == torch.bfloat16, level)
 
 
 def outputs(kernels: NativeHead | TorchHead, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -132,11 +137,13 @@ def test_the_number_of_threads_changes_no_bit():
         assert torch.equal(value, found[3][name]), name
 
 
-def products(level: int, rows: int, dim: int, vocab: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Each product of bfloat16 operands, and the same of the same rounded operands in float64."""
+def products(
+    level: int, dtype: torch.dtype, rows: int, dim: int, vocab: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each product of operands of `dtype`, and the same of the same operands in float64."""
     generator = torch.Generator().manual_seed(vocab)
-    hidden = torch.randn(rows, dim, generator=generator).bfloat16()
-    weight = torch.randn(vocab, dim, generator=generator).bfloat16()
+    hidden = torch.randn(rows, dim, generator=generator).to(dtype)
+    weight = torch.randn(vocab, dim, generator=generator).to(dtype)
     dlogits = torch.randn(rows, vocab, generator=generator)
     logits = torch.full((rows, vocab), float("nan"))
     OPERATORS.head_logits_(logits, hidden, weight, 0.7, level)
@@ -144,7 +151,7 @@ def products(level: int, rows: int, dim: int, vocab: int) -> dict[str, tuple[Ten
     OPERATORS.head_dweight_(first, dlogits, hidden, False, level)
     second = first.clone()
     OPERATORS.head_dweight_(second, dlogits, hidden, True, level)
-    x, w, dz = hidden.double(), weight.double(), dlogits.bfloat16().double()
+    x, w, dz = hidden.double(), weight.double(), dlogits.to(dtype).double()
     return {
         "logits": (logits, 0.7 * x @ w.T),
         "dhidden": (OPERATORS.head_dhidden(dlogits, weight, level), dz @ w),
@@ -153,40 +160,59 @@ def products(level: int, rows: int, dim: int, vocab: int) -> dict[str, tuple[Ten
     }
 
 
-# Around blocks of 32, a tile of 128, a depth of 256, a group of 256 rows and two slices of 8192.
-@needs_products
+# Around blocks of 32 and of 12 x 32, tiles of 120 and 128, depths of 256 and 512, groups of 256 and
+# 384 rows and two slices of 8192.
+@pytest.mark.parametrize(("level", "dtype"), levels_with_products())
 @pytest.mark.parametrize(
     ("rows", "dim", "vocab"),
-    [(1, 1, 1), (33, 16, 127), (32, 32, 128), (257, 31, 300), (40, 65, 16400), (0, 8, 40)],
-)
-def test_products_sum_in_float32(rows, dim, vocab):
-    for level in levels()[native_library.FIRST_WITH_PRODUCTS :]:
-        for name, (found, truth) in products(level, rows, dim, vocab).items():
-            depth = {"logits": dim, "dhidden": vocab}.get(name, 2 * rows)
-            # Float32 sums of `depth` products err by sqrt(depth) roundings of their size, or so.
-            allowed = 8 * 2.0**-24 * max(depth, 1) ** 0.5 * float(truth.abs().max()) if rows else 0
-            error = max_error(found, truth)
-            assert error <= allowed, f"{native_library.LEVELS[level]} {name}: {error}"
+    [
+        (1, 1, 1), (33, 16, 127), (32, 32, 128), (257, 31, 300), (40, 65, 16400), (0, 8, 40),
+        (13, 530, 121), (520, 33, 250),
+    ],
+)  # fmt: skip
+def test_products_sum_in_float32(level, dtype, rows, dim, vocab):
+    for name, (found, truth) in products(level, dtype, rows, dim, vocab).items():
+        depth = {"logits": dim, "dhidden": vocab}.get(name, 2 * rows)
+        # Float32 sums of `depth` products err by sqrt(depth) roundings of their size, or so.
+        allowed = 8 * 2.0**-24 * max(depth, 1) ** 0.5 * float(truth.abs().max()) if rows else 0
+        error = max_error(found, truth)
+        assert error <= allowed, f"{name}: {error}"
 
 
-@needs_products
-def test_the_bound_on_products_sees_bfloat16_results():
+@pytest.mark.parametrize(("level", "dtype"), levels_with_products())
+def test_the_bound_on_products_sees_bfloat16_results(level, dtype):
     """Negative control: one rounding to bfloat16 at the end is far outside."""
-    found, truth = products(levels()[-1], 33, 16, 127)["logits"]
+    found, truth = products(level, dtype, 33, 16, 127)["logits"]
     assert max_error(found.bfloat16(), truth) > 100 * 8 * 2.0**-24 * 4 * float(truth.abs().max())
 
 
-@needs_products
-@pytest.mark.parametrize("level", levels()[native_library.FIRST_WITH_PRODUCTS :])
-def test_products_do_not_depend_on_the_number_of_threads(level):
+@pytest.mark.parametrize(("level", "dtype"), levels_with_products())
+def test_products_do_not_depend_on_the_number_of_threads(level, dtype):
     before = torch.get_num_threads()
     runs = []
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        runs.append(products(level, 40, 65, 16400))
+        runs.append(products(level, dtype, 40, 65, 16400))
     torch.set_num_threads(before)
     for name in runs[0]:
         assert torch.equal(runs[0][name][0], runs[1][name][0]), name
+
+
+@pytest.mark.parametrize(("level", "dtype"), levels_with_products())
+def test_rows_of_logits_do_not_depend_on_other_rows(level, dtype):
+    hidden, weight = torch.randn(30, 600).to(dtype), torch.randn(70, 600).to(dtype)
+    every, some = torch.empty(30, 70), torch.empty(5, 70)
+    OPERATORS.head_logits_(every, hidden, weight, 1.3, level)
+    OPERATORS.head_logits_(some, hidden[17:22].contiguous(), weight, 1.3, level)
+    assert torch.equal(every[17:22], some)
+
+
+@needs_library
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads /proc/cpuinfo")
+def test_products_of_float32_are_ours_by_default_on_amd_with_avx512():
+    amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    avx512 = OPERATORS.highest_level() >= native_library.LEVELS.index("avx512")
+    assert has_products(torch.float32, -1) == (amd and avx512)
 
 
 @needs_library
@@ -194,20 +220,23 @@ def test_levels_without_products_say_so():
     weight = torch.zeros(4, 8).bfloat16()
     with pytest.raises(RuntimeError, match="products of bfloat16 need level 3 or 4, got 0"):
         OPERATORS.head_dhidden(torch.zeros(2, 4), weight, 0)
+    with pytest.raises(RuntimeError, match="products of float32 need level 2 or higher, got 0"):
+        OPERATORS.head_dhidden(torch.zeros(2, 4), weight.float(), 0)
 
 
 @needs_library
 @pytest.mark.parametrize("level", levels())
-def test_every_instruction_set_serves_the_whole_operator(monkeypatch, level):
-    """linear_logprobs in bfloat16, through the driver, on each level's rows and products."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_instruction_set_serves_the_whole_operator(monkeypatch, level, dtype):
+    """linear_logprobs through the driver, on each level's rows and products."""
     monkeypatch.setattr(NativeHead.__init__, "__defaults__", (level,))
     assert NativeHead().level == level
     case = make_case(33, 130, 48, size=3)
     runs = {
         name: outputs_and_gradients(case, dtype, backend=backend)
         for name, dtype, backend in (
-            ("native", torch.bfloat16, "native"),
-            ("plain", torch.bfloat16, "reference"),
+            ("native", dtype, "native"),
+            ("plain", dtype, "reference"),
             ("truth", torch.float64, "reference"),
         )
     }

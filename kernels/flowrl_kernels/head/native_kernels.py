@@ -2,7 +2,8 @@
 
 The workspace holds the logits until `dlogits_` overwrites them: one reading pass, one in place.
 Products of bfloat16 operands are native where the processor multiplies them faster than float32;
-dlogits are rounded to bfloat16 for them, after (p - 1). All other products are PyTorch's.
+dlogits are rounded to bfloat16 for them, after (p - 1). Products of float32 operands are native
+where that is faster than PyTorch's, on AMD's processors with AVX-512. All others are PyTorch's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from flowrl_kernels.head import Head, LocalStatistics, Products, RowGradients, RowStatistics
 from flowrl_kernels.head import products as torch_products
-from flowrl_kernels.native_library import FIRST_WITH_PRODUCTS
 
 # The default of max_logits_bytes: in bfloat16, with products of our own, 256 rows of 151936 columns
 # run fastest; in float32, with torch's products, 384. A smaller vocabulary has a workspace that
@@ -22,6 +22,7 @@ from flowrl_kernels.native_library import FIRST_WITH_PRODUCTS
 # pages are new in every call.
 MOST_LOGITS_BYTES = {torch.bfloat16: 160 << 20, torch.float32: 256 << 20}
 REUSED_LOGITS_BYTES = 16 << 20
+FEWEST_COLUMNS = 2048  # below, tiles of the vocabulary are too few to share and float32 is torch's
 ENOUGH_ROWS = {torch.bfloat16: 256, torch.float32: 384}
 
 
@@ -38,12 +39,12 @@ class NativeProducts:
     level: int
 
     def dhidden(self, dlogits: Tensor, weight: Tensor) -> Tensor:
-        if _native(weight, self.level):
+        if _native(weight, weight.shape[0], self.level):
             return torch.ops.flowrl_native.head_dhidden(dlogits, weight.contiguous(), self.level)
         return torch_products.dhidden(dlogits, weight)
 
     def dweight_(self, total: Tensor, dlogits: Tensor, hidden: Tensor, beta: int) -> None:
-        if _native(hidden, self.level):
+        if _native(hidden, total.shape[0], self.level):
             torch.ops.flowrl_native.head_dweight_(
                 total, dlogits, hidden.contiguous(), beta == 1, self.level
             )
@@ -70,7 +71,7 @@ class NativeHead:
         self, head: Head, hidden: Tensor, targets: Tensor, out: Tensor | None
     ) -> LocalStatistics:
         assert out is not None, "forward_needs_workspace"
-        if _native(hidden, self.level):
+        if _native(hidden, out.shape[1], self.level):
             torch.ops.flowrl_native.head_logits_(
                 out, hidden.contiguous(), head.weight.contiguous(), 1 / head.temperature, self.level
             )
@@ -105,8 +106,10 @@ class NativeHead:
         )
 
 
-def _native(operand: Tensor, level: int) -> bool:
-    if operand.dtype != torch.bfloat16:
+def _native(operand: Tensor, columns: int, level: int) -> bool:
+    """Whether the products of this operand with `columns` of the vocabulary are ours."""
+    if operand.dtype == torch.bfloat16:
+        return torch.ops.flowrl_native.has_products(True, level)
+    if operand.dtype != torch.float32 or (level == -1 and columns < FEWEST_COLUMNS):
         return False
-    chosen = torch.ops.flowrl_native.best_level() if level == -1 else level
-    return chosen >= FIRST_WITH_PRODUCTS
+    return torch.ops.flowrl_native.has_products(False, level)

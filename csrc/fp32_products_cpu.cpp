@@ -1,0 +1,163 @@
+// The three products of the output layer for float32 operands, in blocks that stay in the caches.
+//
+// Each number of a result is summed in the same order for any number of threads, and in a row of
+// logits or of d(hidden) for any other rows.
+
+#include "fp32_products.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstdlib>
+#include <memory>
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+namespace flowrl {
+namespace {
+
+constexpr int64_t kDepth = 512;          // of sums between two looks at the result, at most
+constexpr int64_t kLogitColumns = 128;   // a tile of the weight: 256 KB
+constexpr int64_t kHiddenDepth = 256;    // of the vocabulary, at a time, in d(hidden)
+constexpr int64_t kRowGroup = 384;       // rows of d(hidden) that share a packed panel
+constexpr int64_t kWeightRows = 120;     // of d(weight) at a time: eight cache lines of dlogits
+constexpr int64_t kSliceColumns = 8192;  // d(hidden) has a sum for each so many, at least
+constexpr uint64_t kSlices = 8;          // and a power of two of them, at most so many
+
+int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t rounded(int64_t size, int64_t step) { return divided(size, step) * step; }
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+using Buffer = std::unique_ptr<float[], Free>;
+
+Buffer buffer(int64_t numbers) {
+  const size_t bytes = rounded((numbers + kFp32Slack) * sizeof(float), 64);
+  auto* memory = static_cast<float*>(std::aligned_alloc(64, bytes));
+  STD_TORCH_CHECK(memory, "the native operators need ", bytes, " bytes, got none; free memory");
+  return Buffer(memory);
+}
+
+// Equal parts of at most `most`, and where part `index` begins.
+struct Parts {
+  int64_t size, count;
+  Parts(int64_t size, int64_t most) : size(size), count(std::max<int64_t>(divided(size, most), 1)) {}
+  int64_t begin(int64_t index) const { return size * index / count; }
+};
+
+// All results of `rows` packed rows, a block after the other, and one panel.
+void multiply(const Fp32Kernels& kernels, const float* left, int64_t rows, const float* panel,
+              int64_t depth, Destination to) {
+  for (int64_t row = 0; row < rows; row += kFp32Rows)
+    kernels.block(left + row * depth, panel, depth,
+                  {to.out + row * to.stride, to.stride, std::min(kFp32Rows, rows - row),
+                   to.columns, to.scale, to.accumulate});
+}
+
+void pack_rows(const Fp32Kernels& kernels, const float* from, int64_t stride, int64_t rows,
+               int64_t depth, float* to) {
+  for (int64_t row = 0; row < rows; row += kFp32Rows)
+    kernels.pack_left(from + row * stride, stride, std::min(kFp32Rows, rows - row), depth,
+                      to + row * depth);
+}
+
+}  // namespace
+
+void fp32_logits(const Fp32Kernels& kernels, const HeadShape& s, const float* hidden,
+                 const float* weight, float scale, float* out) {
+  const Parts slabs(s.D, kDepth);
+  const int64_t padded_rows = rounded(s.n, kFp32Rows);
+  const Buffer left = buffer(padded_rows * s.D);
+  for (int64_t slab = 0; slab < slabs.count; ++slab) {
+    const int64_t start = slabs.begin(slab);
+    pack_rows(kernels, hidden + start, s.D, s.n, slabs.begin(slab + 1) - start,
+              &left[padded_rows * start]);
+  }
+  torch::stable::parallel_for(0, divided(s.V, kLogitColumns), 1, [&](int64_t begin, int64_t end) {
+    const Buffer panels = buffer(kLogitColumns * std::min(s.D, kDepth));
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile * kLogitColumns, width = std::min(kLogitColumns, s.V - first);
+      for (int64_t slab = 0; slab < slabs.count; ++slab) {
+        const int64_t start = slabs.begin(slab), depth = slabs.begin(slab + 1) - start;
+        for (int64_t column = 0; column < width; column += kFp32Columns)
+          kernels.pack_panel_transposed(weight + (first + column) * s.D + start, s.D,
+                                        width - column, depth, &panels[column * depth]);
+        for (int64_t row = 0; row < s.n; row += kFp32Rows)
+          for (int64_t column = 0; column < width; column += kFp32Columns)
+            kernels.block(&left[padded_rows * start + row * depth], &panels[column * depth], depth,
+                          {out + row * s.V + first + column, s.V, std::min(kFp32Rows, s.n - row),
+                           width - column, scale, slab > 0});
+      }
+    }
+  });
+}
+
+void fp32_dhidden(const Fp32Kernels& kernels, const HeadShape& s, const float* dlogits,
+                  const float* weight, float* total) {
+  if (s.V == 0) std::fill_n(total, s.n * s.D, 0.0f);
+  const int64_t slices =
+      std::bit_floor(std::clamp<uint64_t>(s.V / kSliceColumns, 1, kSlices));
+  const Buffer others = buffer((slices - 1) * s.n * s.D);
+  // Enough groups of rows for every thread to have one.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t wanted = std::max(divided(s.n, kRowGroup), divided(threads, slices));
+  const int64_t group_rows = rounded(std::max<int64_t>(divided(s.n, wanted), 1), kFp32Rows);
+  const int64_t groups = divided(s.n, group_rows);
+
+  torch::stable::parallel_for(0, slices * groups, 1, [&](int64_t begin, int64_t end) {
+    const Buffer left = buffer(group_rows * kHiddenDepth);
+    const Buffer panel = buffer(kHiddenDepth * kFp32Columns);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t slice = task / groups, row = task % groups * group_rows;
+      const int64_t start = s.V * slice / slices, stop = s.V * (slice + 1) / slices;
+      const int64_t rows = std::min(group_rows, s.n - row);
+      float* out = (slice == 0 ? total : &others[(slice - 1) * s.n * s.D]) + row * s.D;
+      for (int64_t k = start; k < stop; k += kHiddenDepth) {
+        const int64_t depth = std::min(kHiddenDepth, stop - k);
+        pack_rows(kernels, dlogits + row * s.V + k, s.V, rows, depth, left.get());
+        for (int64_t column = 0; column < s.D; column += kFp32Columns) {
+          kernels.pack_panel(weight + k * s.D + column, s.D, s.D - column, depth, panel.get());
+          multiply(kernels, left.get(), rows, panel.get(), depth,
+                   {out + column, s.D, 0, s.D - column, 1.0f, k > start});
+        }
+      }
+    }
+  });
+  torch::stable::parallel_for(0, s.n * s.D, 1 << 14, [&](int64_t begin, int64_t end) {
+    for (int64_t slice = 0; slice + 1 < slices; ++slice)
+      for (int64_t i = begin; i < end; ++i) total[i] += others[slice * s.n * s.D + i];
+  });
+}
+
+void fp32_dweight(const Fp32Kernels& kernels, const HeadShape& s, const float* dlogits,
+                  const float* hidden, bool accumulate, float* total) {
+  if (s.n == 0 && !accumulate) std::fill_n(total, s.V * s.D, 0.0f);
+  const Parts slabs(s.n, kDepth);
+  const int64_t padded_columns = rounded(s.D, kFp32Columns);
+  const Buffer panels = buffer(s.n * padded_columns);
+  for (int64_t slab = 0; slab < slabs.count; ++slab) {
+    const int64_t start = slabs.begin(slab), depth = slabs.begin(slab + 1) - start;
+    for (int64_t column = 0; column < s.D; column += kFp32Columns)
+      kernels.pack_panel(hidden + start * s.D + column, s.D, s.D - column, depth,
+                         &panels[start * padded_columns + column * depth]);
+  }
+  torch::stable::parallel_for(0, divided(s.V, kWeightRows), 1, [&](int64_t begin, int64_t end) {
+    const Buffer left = buffer(kWeightRows * std::min(s.n, kDepth));
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile * kWeightRows, rows = std::min(kWeightRows, s.V - first);
+      for (int64_t slab = 0; slab < slabs.count; ++slab) {
+        const int64_t start = slabs.begin(slab), depth = slabs.begin(slab + 1) - start;
+        if (depth == 0) continue;
+        kernels.pack_left_transposed(dlogits + start * s.V + first, s.V, rows, depth, left.get());
+        for (int64_t column = 0; column < s.D; column += kFp32Columns)
+          multiply(kernels, left.get(), rows, &panels[start * padded_columns + column * depth],
+                   depth,
+                   {total + first * s.D + column, s.D, 0, s.D - column, 1.0f,
+                    accumulate || slab > 0});
+      }
+    }
+  });
+}
+
+}  // namespace flowrl

@@ -1,0 +1,36 @@
+// Products of float32 operands in blocks of 12 x 32 results. Free of torch and of the standard
+// library (see row_kernels.h).
+//
+// Operands are packed, and padded with zeros:
+//   left   (depth, 12): the numbers of a step side by side;
+//   panel  (depth, 32), aligned to 64 bytes.
+#pragma once
+
+#include <stdint.h>
+
+#include "product_kernels.h"
+
+namespace flowrl {
+
+constexpr int64_t kFp32Rows = 12;
+constexpr int64_t kFp32Columns = 32;
+constexpr int64_t kFp32Slack = 16;  // numbers that packing writes past its result, at most
+
+struct Fp32Kernels {
+  void (*block)(const float* left, const float* panel, int64_t depth, Destination to);
+  // (rows <= 12, depth) as a left operand; (depth, columns) as one for every 12 columns, one after
+  // the other.
+  void (*pack_left)(const float* from, int64_t stride, int64_t rows, int64_t depth, float* to);
+  void (*pack_left_transposed)(const float* from, int64_t stride, int64_t columns, int64_t depth,
+                               float* to);
+  // (depth, columns <= 32) and (rows <= 32, depth) as a panel.
+  void (*pack_panel)(const float* from, int64_t stride, int64_t columns, int64_t depth, float* to);
+  void (*pack_panel_transposed)(const float* from, int64_t stride, int64_t rows, int64_t depth,
+                                float* to);
+};
+
+// Those of `level` (see row_kernels.h), or of the best level for -1. Throws where the level has
+// none.
+const Fp32Kernels& fp32_kernels(int64_t level);
+
+}  // namespace flowrl
