@@ -21,6 +21,7 @@ from flowrl.config import ConfigError, build_options
 from flowrl.objectives.base import LogZDefaults, Metrics, Objective, count_totals
 from flowrl.objectives.cispo import CISPO
 from flowrl.objectives.dapo import DAPO
+from flowrl.objectives.disco import DisCO
 from flowrl.objectives.dr_grpo import DrGRPO
 from flowrl.objectives.flow_of_reasoning import FlowOfReasoning
 from flowrl.objectives.flowrl_objective import FlowRL
@@ -62,7 +63,7 @@ RESIDUALS: tuple[type[Objective], ...] = (
 )  # fmt: skip
 POLICY_GRADIENTS: tuple[type[Objective], ...] = (
     Reinforce, RLOO, RLOOKL, ReinforcePP, ReinforcePPBaseline, PPO, TRPO,
-    GRPO, DrGRPO, DAPO, ProRL, GSPO, GSPOToken, GMPO, CISPO,
+    GRPO, DrGRPO, DAPO, ProRL, GSPO, GSPOToken, GMPO, CISPO, DisCO,
 )  # fmt: skip
 
 OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in (*RESIDUALS, *POLICY_GRADIENTS)}

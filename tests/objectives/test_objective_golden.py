@@ -19,6 +19,7 @@ from loss_batches import (
 )
 
 from flowrl.objectives import build, count_totals, residual_settings
+from flowrl.objectives.reinforce import Reinforce
 from flowrl.records import to_cu_seqlens
 
 # One group of four; the gradient is that of each token of a row.
@@ -67,6 +68,10 @@ OBJECTIVE_TABLE = [
     (
         "grpo", {"kl_coef": 0.04}, 0.052657, 0.708151, 0.049684,
         [-0.027552, 0.018473, -0.027063, -0.012500, 0.072847], None,
+    ),
+    (
+        "disco", {}, 0.090148, 2.083582, 0.096751,
+        [-0.061735, 0.036057, -0.062500, -0.033333, 0.193639], None,
     ),
     (
         "tb", {"beta": 2.0}, 2.794688, 9.962500, -9.112500,
@@ -150,6 +155,23 @@ def test_advantages_of_any_origin(shape):
     value.backward()
     entries = [-0.002744, 0.031878, -0.003704, -0.003704, 0.043031]
     assert_golden(value, logprobs.grad, 0.285880, 0.344053, 0.239954, entries)
+
+
+def test_policy_mirror_descent_of_tokens():
+    """DRO in verl's form, mean_t -(A log pi - (log pi - log pi_old)^2 / 2): REINFORCE's parts with
+    k2 towards the old policy."""
+    batch = two_groups_of_four()
+    logprobs = leaf(batch.logprobs)
+    batch = batch.replace(
+        logprobs=logprobs, ref_logprobs=batch.old_logprobs, totals=count_totals(batch)
+    )
+    objective = build("reinforce", {"kl_coef": 1.0, "kl_estimator": "k2", "kl_placement": "loss"})
+    assert isinstance(objective, Reinforce)
+    objective.aggregation = "token-mean"
+    value, _ = objective.loss(objective.prepare(batch))
+    value.backward()
+    entries = [-0.029630, 0.012963, -0.018519, -0.009259, 0.033333]
+    assert_golden(value, logprobs.grad, 0.046065, 0.450000, -0.042593, entries)
 
 
 def test_the_paper_row_sees_a_weight_that_is_computed_and_not_used(monkeypatch):

@@ -102,6 +102,7 @@ NEEDS_TABLE = [
     ("gspo_token", {"kl_coef": 0.1}, {"ref", "old"}, "sequence", None),
     ("gmpo", {}, {"old"}, "sequence", None),
     ("cispo", {}, {"old"}, "sequence", None),
+    ("disco", {}, {"old", "kl_old_new"}, "group", None),
 ]
 
 

@@ -139,7 +139,7 @@ def test_a_uniform_batch_moves_nothing(name):
     (whitening then is the baseline), a critic has its own opinion, or the KL pulls."""
     batch = random_batch(7, [4, 4])
     batch = batch.replace(rewards=torch.full((8,), 0.7, dtype=torch.float64))
-    options = {} if name in ("rloo_kl", "ppo", "trpo") else {"kl_coef": 0.0}
+    options = {} if name in ("rloo_kl", "ppo", "trpo", "disco") else {"kl_coef": 0.0}
     if name == "trpo":
         batch = batch.replace(old_logprobs=batch.logprobs)  # the penalty's gradient is 0 there
     _, gradient, _ = evaluate(name, batch, **options)
