@@ -9,7 +9,7 @@ import torch
 from balance_cases import BOUNDS, OPTIONS, evaluate, judge, random_batch
 from flowrl_kernels import WeightBound, backends, cuda_support, trajectory_balance
 from flowrl_kernels.trajectory_balance import native
-from policy_loss_cases import T, V
+from mixed_objective import T, V
 from policy_loss_cases import evaluate as evaluate_policy_loss
 from policy_loss_cases import judge as judge_policy_loss
 from triton_cases import DEVICE, case_here, nan_in_new_memory

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from flowrl_kernels import Rows, linear_logprobs, linear_policy_loss
 from flowrl_kernels.head import triton_head
 from head_cases import Watch
-from policy_loss_cases import OFFSETS, N, T, V, evaluate, inputs_for, judge, objective_on
+from mixed_objective import OFFSETS, N, T, V, flow, inputs_for
+from policy_loss_cases import evaluate, judge
 from triton_cases import DEVICE, case_here, nan_in_new_memory
 
 __all__ = ["nan_in_new_memory"]
@@ -27,13 +30,13 @@ def test_low_precision_operands(dtype):
 
 def test_equals_linear_logprobs_and_objective():
     case = case_here(T, V, size=2).to(torch.float32)
-    sequence, token = inputs_for(torch.float32)
+    sequence, token = inputs_for(torch.float32, DEVICE)
     scores = linear_logprobs(
         case.hidden, case.weight, case.targets, entropy="grad", backend="triton"
     )
     offsets = torch.tensor(OFFSETS, dtype=torch.int32, device=DEVICE)
     rows = Rows(slice(0, N), slice(0, T), offsets, {**sequence, **token})
-    loss, _ = objective_on("triton", torch.float32)(scores.logprobs, scores.entropy, rows)
+    loss, _ = flow(scores.logprobs, scores.entropy, rows, "triton")
     leaves = [case.hidden, case.weight, sequence["log_z"], token["values"]]
     expected = torch.autograd.grad(loss, leaves)
     found = evaluate(case, torch.float32, "triton", entropy="grad", max_logits_bytes=V * 4 * 20)
@@ -67,14 +70,14 @@ def test_frozen_operands_cost_no_product(hidden_grad, weight_grad, products):
     case = case_here(T, V)
     case.hidden.requires_grad_(hidden_grad)
     case.weight.requires_grad_(weight_grad)
-    sequence, token = inputs_for(torch.float32)
+    sequence, token = inputs_for(torch.float32, DEVICE)
     with Watch() as watch:
         linear_policy_loss(
             case.hidden,
             case.weight,
             case.targets,
             torch.tensor(OFFSETS, dtype=torch.int32, device=DEVICE),
-            objective_on("triton", torch.float32),
+            partial(flow, backend="triton"),
             sequence_inputs=sequence,
             token_inputs=token,
             backend="triton",

@@ -6,51 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from flowrl_kernels import (
-    PolicyLoss,
-    Rows,
-    WeightBound,
-    linear_logprobs,
-    linear_policy_loss,
-    trajectory_balance,
-)
+from flowrl_kernels import PolicyLoss, Rows, linear_logprobs, linear_policy_loss
 from head_cases import FUSED, HEADS, Case, Watch, backends_for, make_case
+from mixed_objective import OFFSETS, N, T, V, flow, inputs_for
 from numerics import assert_within_budget
 from torch import Tensor
 
-CU_SEQLENS = torch.tensor([0, 5, 5, 30, 31, 48, 65], dtype=torch.int32)  # one sequence is empty
-N, T, V = 6, 65, 130
-
-
-def flow(logprobs: Tensor, entropy: Tensor | None, rows: Rows):
-    """Trajectory balance, a value loss and an entropy bonus: every kind of input has a gradient."""
-    inputs = rows.inputs
-    balance = trajectory_balance(
-        logprobs,
-        inputs["old"],
-        inputs["ref"],
-        inputs["log_z"],
-        inputs["rewards"],
-        rows.cu_seqlens,
-        beta=2.0,
-        weight_bound=WeightBound(0.5, 2.0),
-        scale=1 / N,
-    )
-    loss = balance.loss + ((inputs["values"] - logprobs.detach()) ** 2).sum() / T
-    if entropy is not None:
-        loss = loss - 0.1 * entropy.sum()
-    return loss, {"residual": balance.residual, "length": balance.num_tokens}
-
-
-def inputs_for(dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(3)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    sequence = {"log_z": draw(N).requires_grad_(), "rewards": draw(N)}
-    token = {"old": draw(T) * 0.01 - 5, "ref": draw(T) - 5, "values": draw(T).requires_grad_()}
-    return sequence, token
+CU_SEQLENS = torch.tensor(OFFSETS, dtype=torch.int32)
 
 
 def evaluate(
