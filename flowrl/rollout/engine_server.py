@@ -21,6 +21,7 @@ from flowrl.rollout.engine_protocol import (
     receive,
     send,
 )
+from flowrl.rollout.owned_folder import remove_owned
 from flowrl.rollout.process_tree import kill_group
 from flowrl.rollout.vllm_engine import VLLMEngine
 from flowrl.rollout.vllm_worker import watch_parent
@@ -48,9 +49,14 @@ def serve(connection: socket.socket, engine: VLLMEngine) -> None:
         send(connection, reply, math.inf)
 
 
+def _follow_parent() -> None:
+    remove_owned()
+    kill_group(os.getpid())
+
+
 def main() -> None:
     if os.getpgid(0) == os.getpid():  # a group of its own: nobody else is hit
-        watch_parent(lambda: kill_group(os.getpid()))
+        watch_parent(_follow_parent)
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)  # else the core would hold it open after this process's death
     settings = EngineSettings.from_json(sys.argv[2])

@@ -14,6 +14,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+_owned: set[Path] = set()  # by this process
+
 
 class OwnedFolder:
     """`parent`/`prefix`XXXXXXXX, locked by this process until `remove`."""
@@ -26,15 +28,23 @@ class OwnedFolder:
                 self._lock = os.open(self.path, os.O_RDONLY)
                 fcntl.flock(self._lock, fcntl.LOCK_EX)
                 if self.path.is_dir():
+                    _owned.add(self.path)
                     return
                 os.close(self._lock)  # somebody took it for abandoned before it was locked
 
     def remove(self) -> None:
         """Also when it is removed already."""
         shutil.rmtree(self.path, ignore_errors=True)
+        _owned.discard(self.path)
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def remove_owned() -> None:
+    """All that this process still owns: for one that is about to kill itself."""
+    for path in list(_owned):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_abandoned(prefix: str, parent: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -115,6 +116,7 @@ def test_a_server_that_is_killed_ends_the_step_and_its_engine(sampler, server, t
     process = server[0]
     (engine,) = below(process.pid)
     members = group_members(engine)
+    folders = engine_folders()
     stop_worker(engine)  # no answer comes before the server dies
     threading.Timer(0.3, process.kill).start()
     began = time.monotonic()
@@ -122,3 +124,8 @@ def test_a_server_that_is_killed_ends_the_step_and_its_engine(sampler, server, t
         sampler.sample(make_request(tokenizer))
     assert time.monotonic() - began < 30
     wait_until(lambda: not set(members) & set(group_members(engine)), 15)
+    wait_until(lambda: not folders <= engine_folders(), 15)  # the last act of its server
+
+
+def engine_folders():
+    return set(Path("/dev/shm").glob("flowrl-engine-*"))
