@@ -39,18 +39,24 @@ Buffer buffer(int64_t numbers) {
   return Buffer(memory);
 }
 
-// Equal parts of at most `most`, and where part `index` begins.
+// Equal parts, and where part `index` begins.
 struct Parts {
-  int64_t size, count;
-  Parts(int64_t size, int64_t most) : size(size), count(std::max<int64_t>(divided(size, most), 1)) {}
+  int64_t size, count, most;
+  Parts(int64_t size, int64_t limit)
+      : size(size), count(std::max<int64_t>(divided(size, limit), 1)), most(divided(size, count)) {}
   int64_t begin(int64_t index) const { return size * index / count; }
 };
+
+// `rows` packed rows are as many left operands as this, each left_stride(depth) after the other.
+int64_t left_numbers(int64_t rows, int64_t depth) {
+  return divided(rows, kFp32Rows) * left_stride(depth);
+}
 
 // All results of `rows` packed rows, a block after the other, and one panel.
 void multiply(const Fp32Kernels& kernels, const float* left, int64_t rows, const float* panel,
               int64_t depth, Destination to) {
   for (int64_t row = 0; row < rows; row += kFp32Rows)
-    kernels.block(left + row * depth, panel, depth,
+    kernels.block(left + left_numbers(row, depth), panel, depth,
                   {to.out + row * to.stride, to.stride, std::min(kFp32Rows, rows - row),
                    to.columns, to.scale, to.accumulate});
 }
@@ -59,7 +65,7 @@ void pack_rows(const Fp32Kernels& kernels, const float* from, int64_t stride, in
                int64_t depth, float* to) {
   for (int64_t row = 0; row < rows; row += kFp32Rows)
     kernels.pack_left(from + row * stride, stride, std::min(kFp32Rows, rows - row), depth,
-                      to + row * depth);
+                      to + left_numbers(row, depth));
 }
 
 }  // namespace
@@ -67,15 +73,15 @@ void pack_rows(const Fp32Kernels& kernels, const float* from, int64_t stride, in
 void fp32_logits(const Fp32Kernels& kernels, const HeadShape& s, const float* hidden,
                  const float* weight, float scale, float* out) {
   const Parts slabs(s.D, kDepth);
-  const int64_t padded_rows = rounded(s.n, kFp32Rows);
-  const Buffer left = buffer(padded_rows * s.D);
+  const int64_t slab_numbers = left_numbers(s.n, slabs.most);
+  const Buffer left = buffer(slabs.count * slab_numbers);
   for (int64_t slab = 0; slab < slabs.count; ++slab) {
     const int64_t start = slabs.begin(slab);
     pack_rows(kernels, hidden + start, s.D, s.n, slabs.begin(slab + 1) - start,
-              &left[padded_rows * start]);
+              &left[slab * slab_numbers]);
   }
   torch::stable::parallel_for(0, divided(s.V, kLogitColumns), 1, [&](int64_t begin, int64_t end) {
-    const Buffer panels = buffer(kLogitColumns * std::min(s.D, kDepth));
+    const Buffer panels = buffer(kLogitColumns * slabs.most);
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first = tile * kLogitColumns, width = std::min(kLogitColumns, s.V - first);
       for (int64_t slab = 0; slab < slabs.count; ++slab) {
@@ -85,7 +91,8 @@ void fp32_logits(const Fp32Kernels& kernels, const HeadShape& s, const float* hi
                                         width - column, depth, &panels[column * depth]);
         for (int64_t row = 0; row < s.n; row += kFp32Rows)
           for (int64_t column = 0; column < width; column += kFp32Columns)
-            kernels.block(&left[padded_rows * start + row * depth], &panels[column * depth], depth,
+            kernels.block(&left[slab * slab_numbers + left_numbers(row, depth)],
+                          &panels[column * depth], depth,
                           {out + row * s.V + first + column, s.V, std::min(kFp32Rows, s.n - row),
                            width - column, scale, slab > 0});
       }
@@ -106,7 +113,7 @@ void fp32_dhidden(const Fp32Kernels& kernels, const HeadShape& s, const float* d
   const int64_t groups = divided(s.n, group_rows);
 
   torch::stable::parallel_for(0, slices * groups, 1, [&](int64_t begin, int64_t end) {
-    const Buffer left = buffer(group_rows * kHiddenDepth);
+    const Buffer left = buffer(left_numbers(group_rows, kHiddenDepth));
     const Buffer panel = buffer(kHiddenDepth * kFp32Columns);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t slice = task / groups, row = task % groups * group_rows;
@@ -143,7 +150,7 @@ void fp32_dweight(const Fp32Kernels& kernels, const HeadShape& s, const float* d
                          &panels[start * padded_columns + column * depth]);
   }
   torch::stable::parallel_for(0, divided(s.V, kWeightRows), 1, [&](int64_t begin, int64_t end) {
-    const Buffer left = buffer(kWeightRows * std::min(s.n, kDepth));
+    const Buffer left = buffer(left_numbers(kWeightRows, slabs.most));
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first = tile * kWeightRows, rows = std::min(kWeightRows, s.V - first);
       for (int64_t slab = 0; slab < slabs.count; ++slab) {

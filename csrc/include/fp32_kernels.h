@@ -16,6 +16,10 @@ constexpr int64_t kFp32Rows = 12;
 constexpr int64_t kFp32Columns = 32;
 constexpr int64_t kFp32Slack = 16;  // numbers that packing writes past its result, at most
 
+// From one left operand to the next of several: not a multiple of 4096 bytes, where all would share
+// a few lines of the first-level cache.
+inline int64_t left_stride(int64_t depth) { return depth * kFp32Rows + 16; }
+
 struct Fp32Kernels {
   void (*block)(const float* left, const float* panel, int64_t depth, Destination to);
   // (rows <= 12, depth) as a left operand; (depth, columns) as one for every 12 columns, one after

@@ -101,14 +101,14 @@ def resolve(operator: str, backend: str | None, call: Call) -> Implementation:
 
     Raises ValueError for an unknown backend, and for one that cannot run: why, and what can."""
     implementations = _registry[operator]
+    candidates = implemented(operator) if backend is None else [backend]
+    for name in candidates:
+        if backend is None and name in ONLY_BY_NAME:
+            continue
+        if name in implementations and implementations[name].can_run(call) is None:
+            return implementations[name]
     refusals = {name: item.can_run(call) for name, item in implementations.items()}
-    able = [name for name in BACKENDS if name in refusals and refusals[name] is None]
-    if backend in able:
-        return implementations[backend]
     if backend is None:
-        for name in able:
-            if name not in ONLY_BY_NAME:
-                return implementations[name]
         by_name = "runs only where it is named"
         why = "; ".join(f"{name}: {reason or by_name}" for name, reason in refusals.items())
         raise ValueError(f"no backend of {operator} can run this call ({why})")
@@ -116,5 +116,6 @@ def resolve(operator: str, backend: str | None, call: Call) -> Implementation:
         why = f"must be one of {', '.join(BACKENDS)}"
     else:
         why = refusals.get(backend) or f"does not implement {operator} in this installation"
+    able = [name for name in BACKENDS if name in refusals and refusals[name] is None]
     choice = f"backend={able[0]!r}" if able else "no backend can: change the call"
     raise ValueError(f"{operator}: backend {backend!r} {why}; use {choice}")
