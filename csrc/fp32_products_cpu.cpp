@@ -3,15 +3,10 @@
 // Each number of a result is summed in the same order for any number of threads, and in a row of
 // logits or of d(hidden) for any other rows.
 
-#include "fp32_products.h"
-
 #include <algorithm>
-#include <bit>
-#include <cstdlib>
-#include <memory>
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
+#include "fp32_products.h"
+#include "product_buffers.h"
 
 namespace flowrl {
 namespace {
@@ -21,23 +16,11 @@ constexpr int64_t kLogitColumns = 128;   // a tile of the weight: 256 KB
 constexpr int64_t kHiddenDepth = 256;    // of the vocabulary, at a time, in d(hidden)
 constexpr int64_t kRowGroup = 384;       // rows of d(hidden) that share a packed panel
 constexpr int64_t kWeightRows = 120;     // of d(weight) at a time: eight cache lines of dlogits
-constexpr int64_t kSliceColumns = 8192;  // d(hidden) has a sum for each so many, at least
-constexpr uint64_t kSlices = 8;          // and a power of two of them, at most so many
 
 int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t rounded(int64_t size, int64_t step) { return divided(size, step) * step; }
 
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-using Buffer = std::unique_ptr<float[], Free>;
-
-Buffer buffer(int64_t numbers) {
-  const size_t bytes = rounded((numbers + kFp32Slack) * sizeof(float), 64);
-  auto* memory = static_cast<float*>(std::aligned_alloc(64, bytes));
-  STD_TORCH_CHECK(memory, "the native operators need ", bytes, " bytes, got none; free memory");
-  return Buffer(memory);
-}
+Buffer<float> buffer(int64_t numbers) { return aligned_buffer<float>(numbers + kFp32Slack); }
 
 // Equal parts, and where part `index` begins.
 struct Parts {
@@ -74,14 +57,14 @@ void fp32_logits(const Fp32Kernels& kernels, const HeadShape& s, const float* hi
                  const float* weight, float scale, float* out) {
   const Parts slabs(s.D, kDepth);
   const int64_t slab_numbers = left_numbers(s.n, slabs.most);
-  const Buffer left = buffer(slabs.count * slab_numbers);
+  const Buffer<float> left = buffer(slabs.count * slab_numbers);
   for (int64_t slab = 0; slab < slabs.count; ++slab) {
     const int64_t start = slabs.begin(slab);
     pack_rows(kernels, hidden + start, s.D, s.n, slabs.begin(slab + 1) - start,
               &left[slab * slab_numbers]);
   }
   torch::stable::parallel_for(0, divided(s.V, kLogitColumns), 1, [&](int64_t begin, int64_t end) {
-    const Buffer panels = buffer(kLogitColumns * slabs.most);
+    const Buffer<float> panels = buffer(kLogitColumns * slabs.most);
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first = tile * kLogitColumns, width = std::min(kLogitColumns, s.V - first);
       for (int64_t slab = 0; slab < slabs.count; ++slab) {
@@ -103,9 +86,8 @@ void fp32_logits(const Fp32Kernels& kernels, const HeadShape& s, const float* hi
 void fp32_dhidden(const Fp32Kernels& kernels, const HeadShape& s, const float* dlogits,
                   const float* weight, float* total) {
   if (s.V == 0) std::fill_n(total, s.n * s.D, 0.0f);
-  const int64_t slices =
-      std::bit_floor(std::clamp<uint64_t>(s.V / kSliceColumns, 1, kSlices));
-  const Buffer others = buffer((slices - 1) * s.n * s.D);
+  const int64_t slices = slices_of(s.V);
+  const Buffer<float> others = buffer((slices - 1) * s.n * s.D);
   // Enough groups of rows for every thread to have one.
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t wanted = std::max(divided(s.n, kRowGroup), divided(threads, slices));
@@ -113,8 +95,8 @@ void fp32_dhidden(const Fp32Kernels& kernels, const HeadShape& s, const float* d
   const int64_t groups = divided(s.n, group_rows);
 
   torch::stable::parallel_for(0, slices * groups, 1, [&](int64_t begin, int64_t end) {
-    const Buffer left = buffer(left_numbers(group_rows, kHiddenDepth));
-    const Buffer panel = buffer(kHiddenDepth * kFp32Columns);
+    const Buffer<float> left = buffer(left_numbers(group_rows, kHiddenDepth));
+    const Buffer<float> panel = buffer(kHiddenDepth * kFp32Columns);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t slice = task / groups, row = task % groups * group_rows;
       const int64_t start = s.V * slice / slices, stop = s.V * (slice + 1) / slices;
@@ -131,10 +113,7 @@ void fp32_dhidden(const Fp32Kernels& kernels, const HeadShape& s, const float* d
       }
     }
   });
-  torch::stable::parallel_for(0, s.n * s.D, 1 << 14, [&](int64_t begin, int64_t end) {
-    for (int64_t slice = 0; slice + 1 < slices; ++slice)
-      for (int64_t i = begin; i < end; ++i) total[i] += others[slice * s.n * s.D + i];
-  });
+  add_slices(total, others.get(), slices, s.n * s.D);
 }
 
 void fp32_dweight(const Fp32Kernels& kernels, const HeadShape& s, const float* dlogits,
@@ -142,7 +121,7 @@ void fp32_dweight(const Fp32Kernels& kernels, const HeadShape& s, const float* d
   if (s.n == 0 && !accumulate) std::fill_n(total, s.V * s.D, 0.0f);
   const Parts slabs(s.n, kDepth);
   const int64_t padded_columns = rounded(s.D, kFp32Columns);
-  const Buffer panels = buffer(s.n * padded_columns);
+  const Buffer<float> panels = buffer(s.n * padded_columns);
   for (int64_t slab = 0; slab < slabs.count; ++slab) {
     const int64_t start = slabs.begin(slab), depth = slabs.begin(slab + 1) - start;
     for (int64_t column = 0; column < s.D; column += kFp32Columns)
@@ -150,7 +129,7 @@ void fp32_dweight(const Fp32Kernels& kernels, const HeadShape& s, const float* d
                          &panels[start * padded_columns + column * depth]);
   }
   torch::stable::parallel_for(0, divided(s.V, kWeightRows), 1, [&](int64_t begin, int64_t end) {
-    const Buffer left = buffer(left_numbers(kWeightRows, slabs.most));
+    const Buffer<float> left = buffer(left_numbers(kWeightRows, slabs.most));
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first = tile * kWeightRows, rows = std::min(kWeightRows, s.V - first);
       for (int64_t slab = 0; slab < slabs.count; ++slab) {

@@ -5,15 +5,14 @@
 // Which sums are added to which does not depend on the number of threads.
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 
 #include <torch/csrc/stable/ops.h>
 
 #include "checked.h"
 #include "fp32_products.h"
 #include "operators.h"
+#include "product_buffers.h"
 #include "product_kernels.h"
 
 namespace flowrl {
@@ -24,19 +23,11 @@ constexpr int64_t kLogitColumns = 128;   // a tile of the weight: 230 KB at D = 
 constexpr int64_t kWeightRows = 128;
 constexpr int64_t kDepth = 256;          // of the vocabulary, at a time, in d(hidden)
 constexpr int64_t kRowGroup = 256;       // rows of d(hidden) that share a packed tile
-constexpr int64_t kSliceColumns = 8192;  // d(hidden) has a sum for each so many, kSlices at most
-constexpr int64_t kSlices = 8;
 
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-using Packed = std::unique_ptr<BFloat16Bits[], Free>;
+using Packed = Buffer<BFloat16Bits>;
 
 Packed packed_buffer(int64_t rows, int64_t columns) {
-  const size_t bytes = std::max<int64_t>(padded(rows) * padded(columns), 32) * sizeof(BFloat16Bits);
-  auto* memory = static_cast<BFloat16Bits*>(std::aligned_alloc(64, bytes));
-  STD_TORCH_CHECK(memory, "the native operators need ", bytes, " bytes, got none; free memory");
-  return Packed(memory);
+  return aligned_buffer<BFloat16Bits>(padded(rows) * padded(columns));
 }
 
 // The state of the tile registers while this lives.
@@ -114,7 +105,7 @@ Tensor head_dhidden(Tensor dlogits, Tensor weight, int64_t level) {
   const ProductKernels& kernels = product_kernels(level);
   const BFloat16Bits* w = checked<BFloat16Bits>(weight, V * D, "weight");
   if (V == 0) std::fill_n(total, n * D, 0.0f);
-  const int64_t slices = std::clamp<int64_t>(V / kSliceColumns, 1, kSlices);
+  const int64_t slices = slices_of(V);
   const Tensor others = torch::stable::new_empty(dlogits, {slices - 1, n, D});
   float* other = checked<float>(others, (slices - 1) * n * D, "others");
   const int64_t groups = (n + kRowGroup - 1) / kRowGroup;
@@ -136,10 +127,7 @@ Tensor head_dhidden(Tensor dlogits, Tensor weight, int64_t level) {
       }
     }
   });
-  torch::stable::parallel_for(0, n * D, 1 << 14, [&](int64_t begin, int64_t end) {
-    for (int64_t slice = 0; slice + 1 < slices; ++slice)
-      for (int64_t i = begin; i < end; ++i) total[i] += other[slice * n * D + i];
-  });
+  add_slices(total, other, slices, n * D);
   return result;
 }
 
