@@ -20,8 +20,6 @@ constexpr int64_t kWeightRows = 120;     // of d(weight) at a time: eight cache 
 int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t rounded(int64_t size, int64_t step) { return divided(size, step) * step; }
 
-Buffer<float> buffer(int64_t numbers) { return aligned_buffer<float>(numbers + kFp32Slack); }
-
 // Equal parts, and where part `index` begins.
 struct Parts {
   int64_t size, count, most;
@@ -57,14 +55,14 @@ void fp32_logits(const Fp32Kernels& kernels, const HeadShape& s, const float* hi
                  const float* weight, float scale, float* out) {
   const Parts slabs(s.D, kDepth);
   const int64_t slab_numbers = left_numbers(s.n, slabs.most);
-  const Buffer<float> left = buffer(slabs.count * slab_numbers);
+  const Buffer<float> left = aligned_buffer<float>(slabs.count * slab_numbers);
   for (int64_t slab = 0; slab < slabs.count; ++slab) {
     const int64_t start = slabs.begin(slab);
     pack_rows(kernels, hidden + start, s.D, s.n, slabs.begin(slab + 1) - start,
               &left[slab * slab_numbers]);
   }
   torch::stable::parallel_for(0, divided(s.V, kLogitColumns), 1, [&](int64_t begin, int64_t end) {
-    const Buffer<float> panels = buffer(kLogitColumns * slabs.most);
+    const Buffer<float> panels = aligned_buffer<float>(kLogitColumns * slabs.most);
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first = tile * kLogitColumns, width = std::min(kLogitColumns, s.V - first);
       for (int64_t slab = 0; slab < slabs.count; ++slab) {
@@ -87,7 +85,7 @@ void fp32_dhidden(const Fp32Kernels& kernels, const HeadShape& s, const float* d
                   const float* weight, float* total) {
   if (s.V == 0) std::fill_n(total, s.n * s.D, 0.0f);
   const int64_t slices = slices_of(s.V);
-  const Buffer<float> others = buffer((slices - 1) * s.n * s.D);
+  const Buffer<float> others = aligned_buffer<float>((slices - 1) * s.n * s.D);
   // Enough groups of rows for every thread to have one.
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t wanted = std::max(divided(s.n, kRowGroup), divided(threads, slices));
@@ -95,8 +93,8 @@ void fp32_dhidden(const Fp32Kernels& kernels, const HeadShape& s, const float* d
   const int64_t groups = divided(s.n, group_rows);
 
   torch::stable::parallel_for(0, slices * groups, 1, [&](int64_t begin, int64_t end) {
-    const Buffer<float> left = buffer(left_numbers(group_rows, kHiddenDepth));
-    const Buffer<float> panel = buffer(kHiddenDepth * kFp32Columns);
+    const Buffer<float> left = aligned_buffer<float>(left_numbers(group_rows, kHiddenDepth));
+    const Buffer<float> panel = aligned_buffer<float>(kHiddenDepth * kFp32Columns);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t slice = task / groups, row = task % groups * group_rows;
       const int64_t start = s.V * slice / slices, stop = s.V * (slice + 1) / slices;
@@ -121,7 +119,7 @@ void fp32_dweight(const Fp32Kernels& kernels, const HeadShape& s, const float* d
   if (s.n == 0 && !accumulate) std::fill_n(total, s.V * s.D, 0.0f);
   const Parts slabs(s.n, kDepth);
   const int64_t padded_columns = rounded(s.D, kFp32Columns);
-  const Buffer<float> panels = buffer(s.n * padded_columns);
+  const Buffer<float> panels = aligned_buffer<float>(s.n * padded_columns);
   for (int64_t slab = 0; slab < slabs.count; ++slab) {
     const int64_t start = slabs.begin(slab), depth = slabs.begin(slab + 1) - start;
     for (int64_t column = 0; column < s.D; column += kFp32Columns)
@@ -129,7 +127,7 @@ void fp32_dweight(const Fp32Kernels& kernels, const HeadShape& s, const float* d
                          &panels[start * padded_columns + column * depth]);
   }
   torch::stable::parallel_for(0, divided(s.V, kWeightRows), 1, [&](int64_t begin, int64_t end) {
-    const Buffer<float> left = buffer(left_numbers(kWeightRows, slabs.most));
+    const Buffer<float> left = aligned_buffer<float>(left_numbers(kWeightRows, slabs.most));
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first = tile * kWeightRows, rows = std::min(kWeightRows, s.V - first);
       for (int64_t slab = 0; slab < slabs.count; ++slab) {

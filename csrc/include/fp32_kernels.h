@@ -14,20 +14,21 @@ namespace flowrl {
 
 constexpr int64_t kFp32Rows = 12;
 constexpr int64_t kFp32Columns = 32;
-constexpr int64_t kFp32Slack = 16;  // numbers that packing writes past its result, at most
 
-// From one left operand to the next of several: not a multiple of 4096 bytes, where all would share
-// a few lines of the first-level cache.
-inline int64_t left_stride(int64_t depth) { return depth * kFp32Rows + 16; }
+// From one left operand to the next of several. The 16 more take what pack_left writes past its end,
+// at most 4 numbers, and keep operands apart in the first-level cache: at a depth of 256 or 512 they
+// would share a few of its lines.
+static inline int64_t left_stride(int64_t depth) { return depth * kFp32Rows + 16; }
 
 struct Fp32Kernels {
+  // The block's results, as many of its columns as `to` has.
   void (*block)(const float* left, const float* panel, int64_t depth, Destination to);
-  // (rows <= 12, depth) as a left operand; (depth, columns) as one for every 12 columns, one after
-  // the other.
+  // (rows <= 12, depth) as a left operand; (depth, columns) as one for every 12 columns, left_stride
+  // after the other.
   void (*pack_left)(const float* from, int64_t stride, int64_t rows, int64_t depth, float* to);
   void (*pack_left_transposed)(const float* from, int64_t stride, int64_t columns, int64_t depth,
                                float* to);
-  // (depth, columns <= 32) and (rows <= 32, depth) as a panel.
+  // (depth, columns) and (rows, depth) as a panel: the first 32 of the columns, of the rows.
   void (*pack_panel)(const float* from, int64_t stride, int64_t columns, int64_t depth, float* to);
   void (*pack_panel_transposed)(const float* from, int64_t stride, int64_t rows, int64_t depth,
                                 float* to);

@@ -16,7 +16,7 @@ constexpr int64_t kPanelColumns = 16;
 
 using BFloat16Bits = uint16_t;
 
-inline int64_t padded(int64_t size) { return (size + kBlockRows - 1) / kBlockRows * kBlockRows; }
+static inline int64_t padded(int64_t size) { return (size + kBlockRows - 1) / kBlockRows * kBlockRows; }
 
 // Where a block of results goes: its first `rows` x `columns`, times scale, over or onto `out`.
 struct Destination {

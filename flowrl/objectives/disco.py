@@ -6,8 +6,9 @@
 
 The hardest wrong answer weighs most. Questions all right or all wrong stay in the denominator.
 kl_weight is kl_penalty * max(KL(pi_old || pi_theta) - max_kl, 0), without gradient; the KL is what
-the trainer measured after the update before (the paper's: of the same update's tokens). No reward
-distribution is matched. Source: arXiv:2505.12366.
+the trainer measured after the update before (the paper's: of the same update's tokens); with one
+update a step the policy is the old one, and the penalty has no gradient. No reward distribution is
+matched. Source: arXiv:2505.12366.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class DisCO(Objective):
         """What an answer is scored by, as a mean over its tokens: the ratio to the old policy, or
         the log-prob."""
         tau: float | None = None
-        """How evenly wrong answers count: 0 the best-scored alone, large all alike. Unset: 1 for
-        ratio, 10 for logprob."""
+        """How evenly wrong answers count: near 0 the best-scored alone, large all alike. Unset: 1
+        for ratio, 10 for logprob."""
         min_reward: float = 0.5
         """An answer with this reward or more is right."""
         max_kl: float = 1e-4

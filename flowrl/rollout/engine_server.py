@@ -50,6 +50,7 @@ def serve(connection: socket.socket, engine: VLLMEngine) -> None:
 
 
 def _follow_parent() -> None:
+    """Ends the group. A folder that is written to meanwhile is left to the next engine."""
     remove_owned()
     kill_group(os.getpid())
 

@@ -124,7 +124,7 @@ def test_a_server_that_is_killed_ends_the_step_and_its_engine(sampler, server, t
         sampler.sample(make_request(tokenizer))
     assert time.monotonic() - began < 30
     wait_until(lambda: not set(members) & set(group_members(engine)), 15)
-    wait_until(lambda: not folders <= engine_folders(), 15)  # the last act of its server
+    wait_until(lambda: not folders <= engine_folders(), 15)
 
 
 def engine_folders():
