@@ -80,17 +80,20 @@ class ServerGroup:
                 ) from error
         self.pid = self.process.pid
         self.ended = ""  # how the server had ended when the group was killed
+        self._killing = threading.Lock()
 
     def kill(self) -> None:
-        """The core and the workers, too, which outlive the server that started them."""
-        if self.ended:
-            return
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(1)  # its end of the connection closes before it is gone
-        self.ended = exit_text(self.process.returncode)
-        kill_group(self.pid)
-        self.process.wait()
-        self._import_dir.remove()
+        """The core and the workers, too, which outlive the server that started them. All are gone
+        when it returns, whichever thread calls."""
+        with self._killing:
+            if self.ended:
+                return
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(1)  # its end of the connection closes before it is gone
+            self.ended = exit_text(self.process.returncode)
+            kill_group(self.pid)
+            self.process.wait()
+            self._import_dir.remove()
 
 
 class ServerProcess(EngineConnection):

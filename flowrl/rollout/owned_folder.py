@@ -12,6 +12,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 _owned: set[Path] = set()  # by this process
@@ -21,6 +22,7 @@ class OwnedFolder:
     """`parent`/`prefix`XXXXXXXX, locked by this process until `remove`."""
 
     def __init__(self, prefix: str, parent: Path) -> None:
+        self._removing = threading.Lock()
         remove_abandoned(prefix, parent)
         while True:
             self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
@@ -33,12 +35,13 @@ class OwnedFolder:
                 os.close(self._lock)  # somebody took it for abandoned before it was locked
 
     def remove(self) -> None:
-        """Also when it is removed already."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        _owned.discard(self.path)
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        """Also when it is removed already, and by several threads."""
+        with self._removing:
+            shutil.rmtree(self.path, ignore_errors=True)
+            _owned.discard(self.path)
+            if self._lock >= 0:
+                os.close(self._lock)
+                self._lock = -1
 
 
 def remove_owned() -> None:

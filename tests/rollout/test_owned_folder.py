@@ -1,7 +1,9 @@
 """What killed processes leave behind: their folders and their shared memory go."""
 
+import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -63,6 +65,26 @@ def test_the_next_folder_clears_away_what_was_abandoned(tmp_path):
     folder = OwnedFolder("mine-", tmp_path)
     assert list(tmp_path.iterdir()) == [folder.path]
     folder.remove()
+
+
+def test_two_threads_may_remove_a_folder(tmp_path, monkeypatch):
+    """A second close could be of a descriptor that somebody else has by now."""
+    folder = OwnedFolder("mine-", tmp_path)
+    closed, close = [], os.close
+
+    def slow_close(descriptor):
+        closed.append(descriptor)
+        time.sleep(0.2)
+        close(descriptor)
+
+    monkeypatch.setattr("os.close", slow_close)
+    threads = [threading.Thread(target=folder.remove) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert closed.count(closed[-1]) == 1
+    assert not folder.path.exists()
 
 
 def test_a_link_is_not_followed(tmp_path):
