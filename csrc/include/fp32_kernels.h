@@ -15,16 +15,16 @@ namespace flowrl {
 constexpr int64_t kFp32Rows = 12;
 constexpr int64_t kFp32Columns = 32;
 
-// From one left operand to the next of several. The 16 more take what pack_left writes past its end,
-// at most 4 numbers, and keep operands apart in the first-level cache: at a depth of 256 or 512 they
-// would share a few of its lines.
+// From one left operand to the next of several. The 16 more take what pack_left writes past its
+// end, at most 4 numbers, and keep operands apart in the first-level cache: at a depth of 256 or
+// 512 they would share a few of its lines.
 static inline int64_t left_stride(int64_t depth) { return depth * kFp32Rows + 16; }
 
 struct Fp32Kernels {
   // The block's results, as many of its columns as `to` has.
   void (*block)(const float* left, const float* panel, int64_t depth, Destination to);
-  // (rows <= 12, depth) as a left operand; (depth, columns) as one for every 12 columns, left_stride
-  // after the other.
+  // (rows <= 12, depth) as a left operand; (depth, columns) as one for every 12 columns,
+  // left_stride after the other.
   void (*pack_left)(const float* from, int64_t stride, int64_t rows, int64_t depth, float* to);
   void (*pack_left_transposed)(const float* from, int64_t stride, int64_t columns, int64_t depth,
                                float* to);

@@ -16,7 +16,9 @@ constexpr int64_t kPanelColumns = 16;
 
 using BFloat16Bits = uint16_t;
 
-static inline int64_t padded(int64_t size) { return (size + kBlockRows - 1) / kBlockRows * kBlockRows; }
+static inline int64_t padded(int64_t size) {
+  return (size + kBlockRows - 1) / kBlockRows * kBlockRows;
+}
 
 // Where a block of results goes: its first `rows` x `columns`, times scale, over or onto `out`.
 struct Destination {

@@ -28,8 +28,8 @@ struct RowKernels {
   void (*dlogits)(float* z, int64_t columns, RowGradient row);
 };
 
-// Instruction sets from lowest to highest. kAvx512 adds products of float32
-// operands (fp32_kernels.h), the last two those of bfloat16 (product_kernels.h).
+// Instruction sets from lowest to highest. kAvx512 adds products of float32 operands
+// (fp32_kernels.h), the last two those of bfloat16 (product_kernels.h).
 enum Level : int64_t { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx, kNumLevels };
 
 // The kernels of `level`, or of the best level of this processor for -1. Throws for a level that

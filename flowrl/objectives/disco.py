@@ -101,9 +101,10 @@ class DisCO(Objective):
         scores = self._scores(batch)
         # tau (log m - 1 + exp(s / tau) / m), m = mean_wrong exp: their mean is tau log m, and so is
         # its gradient.
-        excess = torch.where(shares < 0, scores / self.tau - statistic, 0)
+        is_wrong = shares < 0
+        excess = torch.where(is_wrong, scores / self.tau - statistic, 0)
         wrong = self.tau * (statistic + torch.expm1(excess))
-        losses = shares.abs() * torch.where(shares < 0, wrong, -scores)
+        losses = shares.abs() * torch.where(is_wrong, wrong, -scores)
         weights = sequence_weights(batch) / given(batch.totals, "totals").groups
         log_ratio = log_ratio_to_old(batch)
         kl = aggregate(torch.expm1(log_ratio) - log_ratio, "token-mean", batch)
