@@ -1,24 +1,21 @@
 // The three products of the output layer for float32 operands, in blocks that stay in the caches.
 //
 // Each number of a result is summed in the same order for any number of threads, and in a row of
-// logits or of d(hidden) for any other rows.
+// logits or of d(hidden) for any other rows. Vectors run over the rows of logits and over D: the
+// weight and dlogits are read where they are, row by row, for the products that have them on the
+// left.
 
 #include <algorithm>
 
-#include "fp32_products.h"
+#include "chunk_statistics.h"
+#include "head_products.h"
 #include "product_buffers.h"
 
 namespace flowrl {
 namespace {
 
-constexpr int64_t kDepth = 512;          // of sums between two looks at the result, at most
-constexpr int64_t kLogitColumns = 128;   // a tile of the weight: 256 KB
-constexpr int64_t kHiddenDepth = 256;    // of the vocabulary, at a time, in d(hidden)
-constexpr int64_t kRowGroup = 384;       // rows of d(hidden) that share a packed panel
-constexpr int64_t kWeightRows = 120;     // of d(weight) at a time: eight cache lines of dlogits
-
-int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t rounded(int64_t size, int64_t step) { return divided(size, step) * step; }
+constexpr int64_t kDepth = 512;        // of sums between two looks at the result, at most
+constexpr int64_t kHiddenDepth = 256;  // of the vocabulary, at a time, in d(hidden)
 
 // Equal parts, and where part `index` begins.
 struct Parts {
@@ -28,120 +25,140 @@ struct Parts {
   int64_t begin(int64_t index) const { return size * index / count; }
 };
 
-// `rows` packed rows are as many left operands as this, each left_stride(depth) after the other.
-int64_t left_numbers(int64_t rows, int64_t depth) {
-  return divided(rows, kFp32Rows) * left_stride(depth);
+// Right operands, all panels of a part of the depth after those of the part before.
+struct Panels {
+  Parts parts;
+  int64_t width;  // of all panels
+  Buffer<float> numbers;
+
+  Panels(int64_t depth, int64_t columns)
+      : parts(depth, kDepth),
+        width(rounded(columns, kFp32Columns)),
+        numbers(aligned_buffer<float>(depth * width)) {}
+
+  int64_t count() const { return width / kFp32Columns; }
+
+  float* at(int64_t part, int64_t column) const {
+    const int64_t depth = parts.begin(part + 1) - parts.begin(part);
+    return &numbers[parts.begin(part) * width + column * depth];
+  }
+};
+
+// Rows that are read next, on their way to the caches: part `index` of `count`.
+void prefetch_rows(const float* from, int64_t stride, int64_t rows, int64_t depth, int64_t index,
+                   int64_t count) {
+  for (int64_t row = rows * index / count; row < rows * (index + 1) / count; ++row)
+    for (int64_t k = 0; k < depth; k += 16) __builtin_prefetch(from + row * stride + k);
 }
 
-// All results of `rows` packed rows, a block after the other, and one panel.
-void multiply(const Fp32Kernels& kernels, const float* left, int64_t rows, const float* panel,
-              int64_t depth, Destination to) {
-  for (int64_t row = 0; row < rows; row += kFp32Rows)
-    kernels.block(left + left_numbers(row, depth), panel, depth,
-                  {to.out + row * to.stride, to.stride, std::min(kFp32Rows, rows - row),
-                   to.columns, to.scale, to.accumulate});
-}
-
-void pack_rows(const Fp32Kernels& kernels, const float* from, int64_t stride, int64_t rows,
-               int64_t depth, float* to) {
-  for (int64_t row = 0; row < rows; row += kFp32Rows)
-    kernels.pack_left(from + row * stride, stride, std::min(kFp32Rows, rows - row), depth,
-                      to + left_numbers(row, depth));
+// `rows` rows of left (stride apart; `existing` there are), times all panels: 12 rows by a part of
+// the depth at a time, which fit in the first-level cache.
+void multiply_rows(const Fp32Kernels& kernels, const float* left, int64_t stride, int64_t rows,
+                   int64_t existing, const Panels& panels, float* padded_rows, Destination to) {
+  const Parts& parts = panels.parts;
+  for (int64_t part = 0; part < parts.count; ++part) {
+    const int64_t start = parts.begin(part), depth = parts.begin(part + 1) - start;
+    const bool last = part + 1 == parts.count;
+    const float* next = left + (last ? rows * stride : parts.begin(part + 1));
+    const int64_t next_rows = last ? std::clamp<int64_t>(existing - rows, 0, rows) : rows;
+    const int64_t whole = rows / kFp32Rows * kFp32Rows, height = rows - whole;
+    if (height > 0) {  // the last rows: those past the end are not ours to read
+      std::fill_n(padded_rows, kFp32Rows * depth, 0.0f);
+      for (int64_t i = 0; i < height; ++i)
+        std::copy_n(left + (whole + i) * stride + start, depth, padded_rows + i * depth);
+    }
+    for (int64_t column = 0; column < to.columns; column += kFp32Columns) {
+      prefetch_rows(next, stride, next_rows, depth, column / kFp32Columns, panels.count());
+      const float* panel = panels.at(part, column);
+      for (int64_t row = 0; row < rows; row += kFp32Rows) {
+        const Destination block{to.out + row * to.stride + column, to.stride,
+                                std::min(kFp32Rows, rows - row), to.columns - column, to.scale,
+                                to.accumulate || part > 0};
+        if (row < whole)
+          kernels.block_of_rows(left + row * stride + start, stride, panel, depth, block);
+        else
+          kernels.block_of_rows(padded_rows, depth, panel, depth, block);
+      }
+    }
+  }
 }
 
 }  // namespace
 
 void fp32_logits(const Fp32Kernels& kernels, const HeadShape& s, const float* hidden,
-                 const float* weight, float scale, float* out) {
-  const Parts slabs(s.D, kDepth);
-  const int64_t slab_numbers = left_numbers(s.n, slabs.most);
-  const Buffer<float> left = aligned_buffer<float>(slabs.count * slab_numbers);
-  for (int64_t slab = 0; slab < slabs.count; ++slab) {
-    const int64_t start = slabs.begin(slab);
-    pack_rows(kernels, hidden + start, s.D, s.n, slabs.begin(slab + 1) - start,
-              &left[slab * slab_numbers]);
+                 const float* weight, float scale, Columns out, const TileDone& done) {
+  const Panels panels(s.D, s.n);
+  for (int64_t part = 0; part < panels.parts.count; ++part) {
+    const int64_t start = panels.parts.begin(part), depth = panels.parts.begin(part + 1) - start;
+    for (int64_t row = 0; row < s.n; row += kFp32Columns)
+      kernels.pack_panel_transposed(hidden + row * s.D + start, s.D, s.n - row, depth,
+                                    panels.at(part, row));
   }
-  torch::stable::parallel_for(0, divided(s.V, kLogitColumns), 1, [&](int64_t begin, int64_t end) {
-    const Buffer<float> panels = aligned_buffer<float>(kLogitColumns * slabs.most);
+  torch::stable::parallel_for(0, tiles_of(s.V), 1, [&](int64_t begin, int64_t end) {
+    const Buffer<float> scratch =
+        aligned_buffer<float>(out.z ? 0 : kTileColumns * out.stride);
+    const Buffer<float> last = aligned_buffer<float>(kFp32Rows * panels.parts.most);
     for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t first = tile * kLogitColumns, width = std::min(kLogitColumns, s.V - first);
-      for (int64_t slab = 0; slab < slabs.count; ++slab) {
-        const int64_t start = slabs.begin(slab), depth = slabs.begin(slab + 1) - start;
-        for (int64_t column = 0; column < width; column += kFp32Columns)
-          kernels.pack_panel_transposed(weight + (first + column) * s.D + start, s.D,
-                                        width - column, depth, &panels[column * depth]);
-        for (int64_t row = 0; row < s.n; row += kFp32Rows)
-          for (int64_t column = 0; column < width; column += kFp32Columns)
-            kernels.block(&left[slab * slab_numbers + left_numbers(row, depth)],
-                          &panels[column * depth], depth,
-                          {out + row * s.V + first + column, s.V, std::min(kFp32Rows, s.n - row),
-                           width - column, scale, slab > 0});
-      }
+      const int64_t first = tile * kTileColumns, height = std::min(kTileColumns, s.V - first);
+      float* z = out.z ? out.z + first * out.stride : scratch.get();
+      multiply_rows(kernels, weight + first * s.D, s.D, height, s.V - first, panels, last.get(),
+                    {z, out.stride, 0, s.n, scale, false});
+      done(tile, {z, out.stride, height, s.n});
     }
   });
 }
 
-void fp32_dhidden(const Fp32Kernels& kernels, const HeadShape& s, const float* dlogits,
+void fp32_dweight(const Fp32Kernels& kernels, const HeadShape& s, Columns dlogits,
+                  const float* hidden, bool accumulate, float* total) {
+  const Panels panels(s.n, s.D);
+  for (int64_t part = 0; part < panels.parts.count; ++part) {
+    const int64_t start = panels.parts.begin(part), depth = panels.parts.begin(part + 1) - start;
+    for (int64_t column = 0; column < s.D; column += kFp32Columns)
+      kernels.pack_panel(hidden + start * s.D + column, s.D, s.D - column, depth,
+                         panels.at(part, column));
+  }
+  torch::stable::parallel_for(0, tiles_of(s.V), 1, [&](int64_t begin, int64_t end) {
+    const Buffer<float> last = aligned_buffer<float>(kFp32Rows * panels.parts.most);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile * kTileColumns, height = std::min(kTileColumns, s.V - first);
+      multiply_rows(kernels, dlogits.z + first * dlogits.stride, dlogits.stride, height,
+                    s.V - first, panels, last.get(),
+                    {total + first * s.D, s.D, 0, s.D, 1.0f, accumulate});
+    }
+  });
+}
+
+void fp32_dhidden(const Fp32Kernels& kernels, const HeadShape& s, Columns dlogits,
                   const float* weight, float* total) {
   if (s.V == 0) std::fill_n(total, s.n * s.D, 0.0f);
   const int64_t slices = slices_of(s.V);
   const Buffer<float> others = aligned_buffer<float>((slices - 1) * s.n * s.D);
-  // Enough groups of rows for every thread to have one.
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t wanted = std::max(divided(s.n, kRowGroup), divided(threads, slices));
-  const int64_t group_rows = rounded(std::max<int64_t>(divided(s.n, wanted), 1), kFp32Rows);
+  const int64_t group_rows = group_rows_of(s.n, slices, kFp32Rows);
   const int64_t groups = divided(s.n, group_rows);
-
   torch::stable::parallel_for(0, slices * groups, 1, [&](int64_t begin, int64_t end) {
-    const Buffer<float> left = aligned_buffer<float>(left_numbers(group_rows, kHiddenDepth));
+    const Buffer<float> left =
+        aligned_buffer<float>(group_rows / kFp32Rows * left_stride(kHiddenDepth));
     const Buffer<float> panel = aligned_buffer<float>(kHiddenDepth * kFp32Columns);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t slice = task / groups, row = task % groups * group_rows;
+      const int64_t slice = task / groups, first = task % groups * group_rows;
       const int64_t start = s.V * slice / slices, stop = s.V * (slice + 1) / slices;
-      const int64_t rows = std::min(group_rows, s.n - row);
-      float* out = (slice == 0 ? total : &others[(slice - 1) * s.n * s.D]) + row * s.D;
+      const int64_t rows = std::min(group_rows, s.n - first);
+      float* out = (slice == 0 ? total : &others[(slice - 1) * s.n * s.D]) + first * s.D;
       for (int64_t k = start; k < stop; k += kHiddenDepth) {
         const int64_t depth = std::min(kHiddenDepth, stop - k);
-        pack_rows(kernels, dlogits + row * s.V + k, s.V, rows, depth, left.get());
+        kernels.pack_left(dlogits.z + k * dlogits.stride + first, dlogits.stride, rows, depth,
+                          left.get());
         for (int64_t column = 0; column < s.D; column += kFp32Columns) {
           kernels.pack_panel(weight + k * s.D + column, s.D, s.D - column, depth, panel.get());
-          multiply(kernels, left.get(), rows, panel.get(), depth,
-                   {out + column, s.D, 0, s.D - column, 1.0f, k > start});
+          for (int64_t row = 0; row < rows; row += kFp32Rows)
+            kernels.block(&left[row / kFp32Rows * left_stride(depth)], panel.get(), depth,
+                          {out + row * s.D + column, s.D, std::min(kFp32Rows, rows - row),
+                           s.D - column, 1.0f, k > start});
         }
       }
     }
   });
   add_slices(total, others.get(), slices, s.n * s.D);
-}
-
-void fp32_dweight(const Fp32Kernels& kernels, const HeadShape& s, const float* dlogits,
-                  const float* hidden, bool accumulate, float* total) {
-  if (s.n == 0 && !accumulate) std::fill_n(total, s.V * s.D, 0.0f);
-  const Parts slabs(s.n, kDepth);
-  const int64_t padded_columns = rounded(s.D, kFp32Columns);
-  const Buffer<float> panels = aligned_buffer<float>(s.n * padded_columns);
-  for (int64_t slab = 0; slab < slabs.count; ++slab) {
-    const int64_t start = slabs.begin(slab), depth = slabs.begin(slab + 1) - start;
-    for (int64_t column = 0; column < s.D; column += kFp32Columns)
-      kernels.pack_panel(hidden + start * s.D + column, s.D, s.D - column, depth,
-                         &panels[start * padded_columns + column * depth]);
-  }
-  torch::stable::parallel_for(0, divided(s.V, kWeightRows), 1, [&](int64_t begin, int64_t end) {
-    const Buffer<float> left = aligned_buffer<float>(left_numbers(kWeightRows, slabs.most));
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t first = tile * kWeightRows, rows = std::min(kWeightRows, s.V - first);
-      for (int64_t slab = 0; slab < slabs.count; ++slab) {
-        const int64_t start = slabs.begin(slab), depth = slabs.begin(slab + 1) - start;
-        if (depth == 0) continue;
-        kernels.pack_left_transposed(dlogits + start * s.V + first, s.V, rows, depth, left.get());
-        for (int64_t column = 0; column < s.D; column += kFp32Columns)
-          multiply(kernels, left.get(), rows, &panels[start * padded_columns + column * depth],
-                   depth,
-                   {total + first * s.D + column, s.D, 0, s.D - column, 1.0f,
-                    accumulate || slab > 0});
-      }
-    }
-  });
 }
 
 }  // namespace flowrl

@@ -10,7 +10,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "checked.h"
-#include "fp32_products.h"
+#include "chunk_statistics.h"
+#include "head_products.h"
 #include "operators.h"
 #include "product_buffers.h"
 #include "product_kernels.h"
@@ -18,11 +19,7 @@
 namespace flowrl {
 namespace {
 
-constexpr int64_t kLogitColumns = 128;   // a tile of the weight: 230 KB at D = 896
-// Rows of d(weight) at a time: eight cache lines of a row of dlogits, whose rows are far apart.
-constexpr int64_t kWeightRows = 128;
-constexpr int64_t kDepth = 256;          // of the vocabulary, at a time, in d(hidden)
-constexpr int64_t kRowGroup = 256;       // rows of d(hidden) that share a packed tile
+constexpr int64_t kDepth = 512;  // of the vocabulary, at a time, in d(hidden)
 
 using Packed = Buffer<BFloat16Bits>;
 
@@ -42,11 +39,11 @@ class Entered {
   const ProductKernels& kernels_;
 };
 
-// All results of one packed left operand of `rows` and the panels of `columns`, both `depth` deep.
+// All results of one left operand of `rows` and the panels of `columns`, both `depth` deep.
 void multiply(const ProductKernels& kernels, const BFloat16Bits* left, int64_t rows,
               const BFloat16Bits* panels, int64_t columns, int64_t depth, Destination to) {
-  for (int64_t row = 0; row < rows; row += kBlockRows)
-    for (int64_t column = 0; column < columns; column += kBlockRows)
+  for (int64_t column = 0; column < columns; column += kBlockRows)
+    for (int64_t row = 0; row < rows; row += kBlockRows)
       kernels.block(left + row * depth, depth, panels + column * depth, depth,
                     {to.out + row * to.stride + column, to.stride, std::min(kBlockRows, rows - row),
                      std::min(kBlockRows, columns - column), to.scale, to.accumulate});
@@ -54,108 +51,142 @@ void multiply(const ProductKernels& kernels, const BFloat16Bits* left, int64_t r
 
 bool is_float32(const Tensor& operand) { return operand.scalar_type() == ScalarType::Float; }
 
-Packed left_copy(const BFloat16Bits* from, int64_t rows, int64_t columns) {
-  Packed to = packed_buffer(rows, columns);
-  const int64_t depth = padded(columns);
-  std::memset(to.get(), 0, padded(rows) * depth * sizeof(BFloat16Bits));
+// (rows, depth) as a left operand: as it is, or padded in `to`.
+const BFloat16Bits* left_operand(const BFloat16Bits* from, int64_t rows, int64_t depth,
+                                 BFloat16Bits* to) {
+  if (rows == padded(rows) && depth == padded(depth)) return from;
+  std::memset(to, 0, padded(rows) * padded(depth) * sizeof(BFloat16Bits));
   for (int64_t row = 0; row < rows; ++row)
-    std::memcpy(&to[row * depth], from + row * columns, columns * sizeof(BFloat16Bits));
+    std::memcpy(to + row * padded(depth), from + row * depth, depth * sizeof(BFloat16Bits));
   return to;
+}
+
+Columns checked_columns(const Tensor& logits, int64_t columns, int64_t rows, const char* name) {
+  const int64_t stride = logits.size(1);
+  STD_TORCH_CHECK(stride >= padded_rows(rows), name, " must be (columns, at least ",
+                  padded_rows(rows), " rows), got ", stride,
+                  " rows; call flowrl_kernels' public operators");
+  return {checked<float>(logits, columns * stride, name), stride};
+}
+
+void bf16_logits(const ProductKernels& kernels, const HeadShape& s, const BFloat16Bits* hidden,
+                 const BFloat16Bits* weight, float scale, Columns out, const TileDone& done) {
+  const Packed panels = packed_buffer(s.D, s.n);
+  kernels.pack_panels_transposed(hidden, s.D, s.n, s.D, panels.get());
+  torch::stable::parallel_for(0, tiles_of(s.V), 1, [&](int64_t begin, int64_t end) {
+    const Entered entered(kernels);
+    const Packed left = packed_buffer(kTileColumns, s.D);
+    const Buffer<float> scratch = aligned_buffer<float>(out.z ? 0 : kTileColumns * out.stride);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile * kTileColumns, height = std::min(kTileColumns, s.V - first);
+      float* z = out.z ? out.z + first * out.stride : scratch.get();
+      multiply(kernels, left_operand(weight + first * s.D, height, s.D, left.get()), height,
+               panels.get(), s.n, padded(s.D), {z, out.stride, 0, 0, scale, false});
+      done(tile, {z, out.stride, height, s.n});
+    }
+  });
+}
+
+void bf16_dhidden(const ProductKernels& kernels, const HeadShape& s, Columns dlogits,
+                  const BFloat16Bits* weight, float* total) {
+  if (s.V == 0) std::fill_n(total, s.n * s.D, 0.0f);
+  const int64_t slices = slices_of(s.V);
+  const Buffer<float> others = aligned_buffer<float>((slices - 1) * s.n * s.D);
+  const int64_t group_rows = group_rows_of(s.n, slices, kBlockRows);
+  const int64_t groups = divided(s.n, group_rows);
+  torch::stable::parallel_for(0, slices * groups, 1, [&](int64_t begin, int64_t end) {
+    const Entered entered(kernels);
+    const Packed left = packed_buffer(group_rows, kDepth);
+    const Packed panels = packed_buffer(kDepth, kBlockRows);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t slice = task / groups, row = task % groups * group_rows;
+      const int64_t start = s.V * slice / slices, stop = s.V * (slice + 1) / slices;
+      const int64_t rows = std::min(group_rows, s.n - row);
+      float* out = (slice == 0 ? total : &others[(slice - 1) * s.n * s.D]) + row * s.D;
+      for (int64_t k = start; k < stop; k += kDepth) {
+        const int64_t depth = std::min(kDepth, stop - k);
+        kernels.pack_left_transposed(dlogits.z + k * dlogits.stride + row, dlogits.stride, depth,
+                                     rows, left.get());
+        for (int64_t column = 0; column < s.D; column += kBlockRows) {
+          const int64_t width = std::min(kBlockRows, s.D - column);
+          kernels.pack_panels(weight + k * s.D + column, s.D, depth, width, panels.get());
+          multiply(kernels, left.get(), rows, panels.get(), width, padded(depth),
+                   {out + column, s.D, 0, 0, 1.0f, k > start});
+        }
+      }
+    }
+  });
+  add_slices(total, others.get(), slices, s.n * s.D);
+}
+
+void bf16_dweight(const ProductKernels& kernels, const HeadShape& s, Columns dlogits,
+                  const BFloat16Bits* hidden, bool accumulate, float* total) {
+  const Packed panels = packed_buffer(s.n, s.D);
+  kernels.pack_panels(hidden, s.D, s.n, s.D, panels.get());
+  torch::stable::parallel_for(0, tiles_of(s.V), 1, [&](int64_t begin, int64_t end) {
+    const Entered entered(kernels);
+    const Packed left = packed_buffer(kTileColumns, s.n);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile * kTileColumns, height = std::min(kTileColumns, s.V - first);
+      kernels.pack_left(dlogits.z + first * dlogits.stride, dlogits.stride, height, s.n,
+                        left.get());
+      multiply(kernels, left.get(), height, panels.get(), s.D, padded(s.n),
+               {total + first * s.D, s.D, 0, 0, 1.0f, accumulate});
+    }
+  });
 }
 
 }  // namespace
 
-// out (n, V) = scale * hidden (n, D) @ weight (V, D).T
-void head_logits_(Tensor out, Tensor hidden, Tensor weight, double scale, int64_t level) {
-  const int64_t n = hidden.size(0), D = hidden.size(1), V = weight.size(0);
-  float* z = checked<float>(out, n * V, "out");
-  if (is_float32(weight)) {
-    fp32_logits(fp32_kernels(level), {n, D, V}, checked<float>(hidden, n * D, "hidden"),
-                checked<float>(weight, V * D, "weight"), static_cast<float>(scale), z);
-    return;
-  }
-  const ProductKernels& kernels = product_kernels(level);
-  const BFloat16Bits* w = checked<BFloat16Bits>(weight, V * D, "weight");
-  const Packed left = left_copy(checked<BFloat16Bits>(hidden, n * D, "hidden"), n, D);
-  const int64_t tiles = (V + kLogitColumns - 1) / kLogitColumns;
-  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-    const Entered entered(kernels);
-    const Packed panels = packed_buffer(kLogitColumns, D);
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t first = tile * kLogitColumns, width = std::min(kLogitColumns, V - first);
-      kernels.pack_panels_transposed(w + first * D, D, width, D, panels.get());
-      multiply(kernels, left.get(), n, panels.get(), width, padded(D),
-               {z + first, V, 0, 0, static_cast<float>(scale), false});
-    }
-  });
+// Logits hidden (n, D) @ weight (V, D).T / temperature, in `out` (V, stride) if it is given, and
+// their statistics.
+std::tuple<Tensor, Tensor, Tensor, Tensor> head_forward(Tensor hidden, Tensor weight,
+                                                        Tensor targets, int64_t vocab_start,
+                                                        double temperature, bool entropy,
+                                                        OptionalTensor out, int64_t level) {
+  const HeadShape s{hidden.size(0), hidden.size(1), weight.size(0)};
+  const Columns z =
+      out ? checked_columns(*out, s.V, s.n, "out") : Columns{nullptr, padded_rows(s.n)};
+  STD_TORCH_CHECK(targets.numel() == s.n, "targets must have one element for each of ", s.n,
+                  " rows of hidden, got ", targets.numel());
+  ChunkStatistics statistics(softmax_kernels(level), targets, vocab_start, s.V, entropy);
+  const auto done = [&](int64_t index, Tile tile) { statistics.add(index, 0, tile); };
+  const float scale = static_cast<float>(1 / temperature);
+  if (is_float32(weight))
+    fp32_logits(fp32_kernels(level), s, checked<float>(hidden, s.n * s.D, "hidden"),
+                checked<float>(weight, s.V * s.D, "weight"), scale, z, done);
+  else
+    bf16_logits(product_kernels(level), s, checked<BFloat16Bits>(hidden, s.n * s.D, "hidden"),
+                checked<BFloat16Bits>(weight, s.V * s.D, "weight"), scale, z, done);
+  return statistics.merged(hidden);
 }
 
-// dlogits (n, V) @ weight (V, D) -> (n, D). The vocabulary is cut in slices whose number depends on
-// V alone; each has its own sum, and the sums are added in order.
-Tensor head_dhidden(Tensor dlogits, Tensor weight, int64_t level) {
-  const int64_t n = dlogits.size(0), V = dlogits.size(1), D = weight.size(1);
-  const float* dz = checked<float>(dlogits, n * V, "dlogits");
-  const Tensor result = torch::stable::new_empty(dlogits, {n, D});
-  float* total = checked<float>(result, n * D, "result");
-  if (is_float32(weight)) {
-    fp32_dhidden(fp32_kernels(level), {n, D, V}, dz, checked<float>(weight, V * D, "weight"),
-                 total);
-    return result;
-  }
-  const ProductKernels& kernels = product_kernels(level);
-  const BFloat16Bits* w = checked<BFloat16Bits>(weight, V * D, "weight");
-  if (V == 0) std::fill_n(total, n * D, 0.0f);
-  const int64_t slices = slices_of(V);
-  const Tensor others = torch::stable::new_empty(dlogits, {slices - 1, n, D});
-  float* other = checked<float>(others, (slices - 1) * n * D, "others");
-  const int64_t groups = (n + kRowGroup - 1) / kRowGroup;
-
-  torch::stable::parallel_for(0, slices * groups, 1, [&](int64_t begin, int64_t end) {
-    const Entered entered(kernels);
-    const Packed left = packed_buffer(kRowGroup, kDepth), panels = packed_buffer(kDepth, D);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t slice = task / groups, row = task % groups * kRowGroup;
-      const int64_t start = V * slice / slices, stop = V * (slice + 1) / slices;
-      const int64_t rows = std::min(kRowGroup, n - row);
-      float* out = (slice == 0 ? total : other + (slice - 1) * n * D) + row * D;
-      for (int64_t k = start; k < stop; k += kDepth) {
-        const int64_t depth = std::min(kDepth, stop - k);
-        kernels.pack_left(dz + row * V + k, V, rows, depth, left.get());
-        kernels.pack_panels(w + k * D, D, depth, D, panels.get());
-        multiply(kernels, left.get(), rows, panels.get(), D, padded(depth),
-                 {out, D, 0, 0, 1.0f, k > start});
-      }
-    }
-  });
-  add_slices(total, other, slices, n * D);
+// dlogits (V, stride) of `rows` rows, weight (V, D) -> (rows, D). The vocabulary is cut in slices
+// whose number depends on V alone; each has its own sum, and the sums are added in order.
+Tensor head_dhidden(Tensor dlogits, Tensor weight, int64_t rows, int64_t level) {
+  const HeadShape s{rows, weight.size(1), weight.size(0)};
+  const Columns dz = checked_columns(dlogits, s.V, s.n, "dlogits");
+  const Tensor result = torch::stable::new_empty(dlogits, {s.n, s.D});
+  float* total = checked<float>(result, s.n * s.D, "result");
+  if (is_float32(weight))
+    fp32_dhidden(fp32_kernels(level), s, dz, checked<float>(weight, s.V * s.D, "weight"), total);
+  else
+    bf16_dhidden(product_kernels(level), s, dz,
+                 checked<BFloat16Bits>(weight, s.V * s.D, "weight"), total);
   return result;
 }
 
-// total (V, D) = [total +] dlogits (n, V).T @ hidden (n, D)
+// total (V, D) = [total +] dlogits (V, stride) @ hidden (n, D)
 void head_dweight_(Tensor total, Tensor dlogits, Tensor hidden, bool accumulate, int64_t level) {
-  const int64_t n = dlogits.size(0), V = dlogits.size(1), D = hidden.size(1);
-  float* sums = checked<float>(total, V * D, "total");
-  const float* dz = checked<float>(dlogits, n * V, "dlogits");
-  if (is_float32(hidden)) {
-    fp32_dweight(fp32_kernels(level), {n, D, V}, dz, checked<float>(hidden, n * D, "hidden"),
+  const HeadShape s{hidden.size(0), hidden.size(1), total.size(0)};
+  const Columns dz = checked_columns(dlogits, s.V, s.n, "dlogits");
+  float* sums = checked<float>(total, s.V * s.D, "total");
+  if (is_float32(hidden))
+    fp32_dweight(fp32_kernels(level), s, dz, checked<float>(hidden, s.n * s.D, "hidden"),
                  accumulate, sums);
-    return;
-  }
-  const ProductKernels& kernels = product_kernels(level);
-  const BFloat16Bits* x = checked<BFloat16Bits>(hidden, n * D, "hidden");
-  const Packed panels = packed_buffer(n, D);
-  kernels.pack_panels(x, D, n, D, panels.get());
-  const int64_t tiles = (V + kWeightRows - 1) / kWeightRows;
-  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-    const Entered entered(kernels);
-    const Packed left = packed_buffer(kWeightRows, n);
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t first = tile * kWeightRows, rows = std::min(kWeightRows, V - first);
-      kernels.pack_left_transposed(dz + first, V, n, rows, left.get());
-      multiply(kernels, left.get(), rows, panels.get(), D, padded(n),
-               {sums + first * D, D, 0, 0, 1.0f, accumulate});
-    }
-  });
+  else
+    bf16_dweight(product_kernels(level), s, dz,
+                 checked<BFloat16Bits>(hidden, s.n * s.D, "hidden"), accumulate, sums);
 }
 
 }  // namespace flowrl

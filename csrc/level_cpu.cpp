@@ -13,15 +13,16 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include "fp32_kernels.h"
+#include "levels.h"
 #include "product_kernels.h"
-#include "row_kernels.h"
+#include "softmax_kernels.h"
 
 namespace flowrl {
 
-extern const RowKernels row_kernels_portable;
+extern const SoftmaxKernels softmax_kernels_portable;
 #if defined(__x86_64__)
-extern const RowKernels row_kernels_avx2;
-extern const RowKernels row_kernels_avx512;
+extern const SoftmaxKernels softmax_kernels_avx2;
+extern const SoftmaxKernels softmax_kernels_avx512;
 extern const Fp32Kernels fp32_kernels_avx512;
 #endif
 #if FLOWRL_BF16_PRODUCTS
@@ -32,7 +33,7 @@ extern const ProductKernels product_kernels_amx;
 namespace {
 
 struct LevelKernels {
-  const RowKernels* rows = nullptr;  // null: this processor does not have the level
+  const SoftmaxKernels* softmax = nullptr;  // null: this processor does not have the level
   const ProductKernels* products = nullptr;
   const Fp32Kernels* fp32 = nullptr;
 };
@@ -52,21 +53,21 @@ bool amx_granted() {
 // Whether the processor and the operating system have what CMakeLists.txt compiles each level for.
 std::array<LevelKernels, kNumLevels> levels_here() {
   std::array<LevelKernels, kNumLevels> found;
-  found[kPortable].rows = &row_kernels_portable;
+  found[kPortable].softmax = &softmax_kernels_portable;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return found;
-  found[kAvx2].rows = &row_kernels_avx2;
+  found[kAvx2].softmax = &softmax_kernels_avx2;
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512vl") ||
       !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq"))
     return found;
-  found[kAvx512] = {&row_kernels_avx512, nullptr, &fp32_kernels_avx512};
+  found[kAvx512] = {&softmax_kernels_avx512, nullptr, &fp32_kernels_avx512};
 #endif
 #if FLOWRL_BF16_PRODUCTS
   if (!__builtin_cpu_supports("avx512bf16")) return found;
-  found[kAvx512Bf16] = {&row_kernels_avx512, &product_kernels_avx512_bf16, &fp32_kernels_avx512};
+  found[kAvx512Bf16] = {&softmax_kernels_avx512, &product_kernels_avx512_bf16, &fp32_kernels_avx512};
   if (amx_granted())
-    found[kAmx] = {&row_kernels_avx512, &product_kernels_amx, &fp32_kernels_avx512};
+    found[kAmx] = {&softmax_kernels_avx512, &product_kernels_amx, &fp32_kernels_avx512};
 #endif
   return found;
 }
@@ -78,7 +79,7 @@ const std::array<LevelKernels, kNumLevels>& levels() {
 
 const LevelKernels& kernels_of(int64_t level) {
   if (level == -1) level = best_level();
-  STD_TORCH_CHECK(level >= 0 && level < kNumLevels && levels()[level].rows,
+  STD_TORCH_CHECK(level >= 0 && level < kNumLevels && levels()[level].softmax,
                   "level must be -1 or one that this processor has (0 to ", highest_level(),
                   "), got ", level, "; use -1 for the best");
   return levels()[level];
@@ -88,7 +89,7 @@ const LevelKernels& kernels_of(int64_t level) {
 
 int64_t highest_level() {
   int64_t level = kNumLevels - 1;
-  while (!levels()[level].rows) --level;
+  while (!levels()[level].softmax) --level;
   return level;
 }
 
@@ -116,7 +117,7 @@ bool has_products(bool bfloat16, int64_t level) {
   return kernels.fp32;
 }
 
-const RowKernels& row_kernels(int64_t level) { return *kernels_of(level).rows; }
+const SoftmaxKernels& softmax_kernels(int64_t level) { return *kernels_of(level).softmax; }
 
 const ProductKernels& product_kernels(int64_t level) {
   const ProductKernels* products = kernels_of(level).products;

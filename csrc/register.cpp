@@ -2,8 +2,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "levels.h"
 #include "operators.h"
-#include "row_kernels.h"
 
 STABLE_TORCH_LIBRARY(flowrl_native, m) {
   m.def("highest_level() -> int");
@@ -17,8 +17,10 @@ STABLE_TORCH_LIBRARY(flowrl_native, m) {
       " Tensor row_max, Tensor log_sum, Tensor dlogprobs, Tensor? dlse, Tensor? row_entropy,"
       " Tensor? dentropy, int level) -> ()");
   m.def(
-      "head_logits_(Tensor(a!) out, Tensor hidden, Tensor weight, float scale, int level) -> ()");
-  m.def("head_dhidden(Tensor dlogits, Tensor weight, int level) -> Tensor");
+      "head_forward(Tensor hidden, Tensor weight, Tensor targets, int vocab_start,"
+      " float temperature, bool entropy, Tensor(a!)? out, int level)"
+      " -> (Tensor row_max, Tensor sum_exp, Tensor target, Tensor sum_exp_z)");
+  m.def("head_dhidden(Tensor dlogits, Tensor weight, int rows, int level) -> Tensor");
   m.def(
       "head_dweight_(Tensor(a!) total, Tensor dlogits, Tensor hidden, bool accumulate, int level)"
       " -> ()");
@@ -39,7 +41,7 @@ STABLE_TORCH_LIBRARY_IMPL(flowrl_native, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(flowrl_native, CPU, m) {
   m.impl("head_statistics", TORCH_BOX(&flowrl::head_statistics));
   m.impl("head_dlogits_", TORCH_BOX(&flowrl::head_dlogits_));
-  m.impl("head_logits_", TORCH_BOX(&flowrl::head_logits_));
+  m.impl("head_forward", TORCH_BOX(&flowrl::head_forward));
   m.impl("head_dhidden", TORCH_BOX(&flowrl::head_dhidden));
   m.impl("head_dweight_", TORCH_BOX(&flowrl::head_dweight_));
   m.impl("trajectory_balance", TORCH_BOX(&flowrl::trajectory_balance));

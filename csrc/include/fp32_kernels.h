@@ -1,5 +1,5 @@
 // Products of float32 operands in blocks of 12 x 32 results. Free of torch and of the standard
-// library (see row_kernels.h).
+// library (see softmax_kernels.h).
 //
 // Operands are packed, and padded with zeros:
 //   left   (depth, 12): the numbers of a step side by side;
@@ -15,27 +15,25 @@ namespace flowrl {
 constexpr int64_t kFp32Rows = 12;
 constexpr int64_t kFp32Columns = 32;
 
-// From one left operand to the next of several. The 16 more take what pack_left writes past its
-// end, at most 4 numbers, and keep operands apart in the first-level cache: at a depth of 256 or
-// 512 they would share a few of its lines.
+// From one left operand to the next of several. The 16 more keep operands apart in the first-level
+// cache: at a depth of 256 they would share a few of its lines.
 static inline int64_t left_stride(int64_t depth) { return depth * kFp32Rows + 16; }
 
 struct Fp32Kernels {
   // The block's results, as many of its columns as `to` has.
   void (*block)(const float* left, const float* panel, int64_t depth, Destination to);
-  // (rows <= 12, depth) as a left operand; (depth, columns) as one for every 12 columns,
-  // left_stride after the other.
+  // The same of a left operand that is not packed: 12 rows (all are read), `stride` apart.
+  void (*block_of_rows)(const float* left, int64_t stride, const float* panel, int64_t depth,
+                        Destination to);
+  // (depth, rows) as a left operand for every 12 rows, left_stride after the other.
   void (*pack_left)(const float* from, int64_t stride, int64_t rows, int64_t depth, float* to);
-  void (*pack_left_transposed)(const float* from, int64_t stride, int64_t columns, int64_t depth,
-                               float* to);
   // (depth, columns) and (rows, depth) as a panel: the first 32 of the columns, of the rows.
   void (*pack_panel)(const float* from, int64_t stride, int64_t columns, int64_t depth, float* to);
   void (*pack_panel_transposed)(const float* from, int64_t stride, int64_t rows, int64_t depth,
                                 float* to);
 };
 
-// Those of `level` (see row_kernels.h), or of the best level for -1. Throws where the level has
-// none.
+// Those of `level` (see levels.h), or of the best level for -1. Throws where the level has none.
 const Fp32Kernels& fp32_kernels(int64_t level);
 
 }  // namespace flowrl

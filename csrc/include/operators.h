@@ -1,4 +1,5 @@
-// The operators of flowrl_native; their schemas are in register.cpp.
+// The operators of flowrl_native; their schemas are in register.cpp. Logits and dlogits of n rows
+// are (V, stride), stride >= padded_rows(n): a column's rows lie side by side.
 #pragma once
 
 #include <optional>
@@ -19,9 +20,12 @@ void head_dlogits_(Tensor logits, Tensor targets, int64_t vocab_start, double te
                    Tensor row_max, Tensor log_sum, Tensor dlogprobs, OptionalTensor dlse,
                    OptionalTensor row_entropy, OptionalTensor dentropy, int64_t level);
 
-void head_logits_(Tensor out, Tensor hidden, Tensor weight, double scale, int64_t level);
+std::tuple<Tensor, Tensor, Tensor, Tensor> head_forward(Tensor hidden, Tensor weight,
+                                                        Tensor targets, int64_t vocab_start,
+                                                        double temperature, bool entropy,
+                                                        OptionalTensor out, int64_t level);
 
-Tensor head_dhidden(Tensor dlogits, Tensor weight, int64_t level);
+Tensor head_dhidden(Tensor dlogits, Tensor weight, int64_t rows, int64_t level);
 
 void head_dweight_(Tensor total, Tensor dlogits, Tensor hidden, bool accumulate, int64_t level);
 

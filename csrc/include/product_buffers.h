@@ -1,4 +1,4 @@
-// What both kinds of products share: aligned memory, and the slices of d(hidden)'s sums.
+// What both kinds of products share: aligned memory, and how d(hidden) is cut.
 #pragma once
 
 #include <algorithm>
@@ -31,6 +31,18 @@ Buffer<T> aligned_buffer(int64_t numbers) {
 // the vocabulary alone, so that results do not depend on the number of threads.
 inline int64_t slices_of(int64_t columns) {
   return std::bit_floor(std::clamp<uint64_t>(columns / 8192, 1, 8));
+}
+
+inline int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t rounded(int64_t size, int64_t step) { return divided(size, step) * step; }
+
+// d(hidden)'s rows in equal groups, multiples of `step`: as many as its slices leave threads without
+// work, and few enough rows to stay in the caches.
+inline int64_t group_rows_of(int64_t rows, int64_t slices, int64_t step) {
+  constexpr int64_t kMost = 384;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t groups = std::max(divided(rows, kMost), divided(threads, slices));
+  return rounded(std::max<int64_t>(divided(rows, groups), 1), step);
 }
 
 // total += each of the slices but the first, which is in total already, in order.

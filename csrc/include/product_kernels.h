@@ -1,5 +1,5 @@
 // Products of bfloat16 operands with float32 sums, in blocks of 32 x 32 results. One copy per
-// instruction set; free of torch and of the standard library (see row_kernels.h).
+// instruction set; free of torch and of the standard library (see softmax_kernels.h).
 //
 // Operands are packed, and padded with zeros to multiples of 32:
 //   left   (32 rows, depth) one row after the other;
@@ -51,8 +51,7 @@ struct ProductKernels {
                                  int64_t columns, BFloat16Bits* to);
 };
 
-// Those of `level` (see row_kernels.h), or of the best level for -1. Throws where the level has
-// none.
+// Those of `level` (see levels.h), or of the best level for -1. Throws where the level has none.
 const ProductKernels& product_kernels(int64_t level);
 
 }  // namespace flowrl

@@ -23,8 +23,10 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 OPERATORS = torch.ops.flowrl_native
 needs_library = pytest.mark.skipif("native" not in FUSED, reason=str(native_library.PROBLEM))
-# Around the widths of registers (4, 8, 16), of an unrolled step (64) and of a block (2048).
-COLUMNS = [1, 3, 15, 16, 17, 63, 64, 65, 2047, 2048, 2049, 5003]
+# Around the four columns of a step and the 96 of a tile.
+COLUMNS = [1, 3, 4, 5, 95, 96, 97, 191, 193, 2048, 5003]
+# Around the widths of registers (4, 8, 16), and the 1024 rows of a strip.
+ROWS = [1, 4, 7, 8, 9, 15, 16, 17, 1024, 1025, 2100]
 
 
 def levels() -> list[int]:
@@ -45,7 +47,7 @@ def outputs(kernels: NativeHead | TorchHead, logits: Tensor, targets: Tensor) ->
     product is with the identity: hidden = logits, weight = 1."""
     identity = torch.eye(logits.shape[1], dtype=logits.dtype)
     head = Head(identity, logits.shape[1], 1.0, 0, None, entropy=True)
-    out = torch.full_like(logits, float("nan"))
+    out = kernels.workspace(head, len(targets)).fill_(float("nan"))
     local = kernels.statistics(head, logits, targets, out)
     rows = finish(head, local)
     assert rows.entropy is not None
@@ -79,6 +81,20 @@ def test_every_instruction_set_keeps_the_budget(columns):
 
 
 @needs_library
+@pytest.mark.parametrize("rows", ROWS)
+def test_every_number_of_rows_keeps_the_budget(rows):
+    generator = torch.Generator().manual_seed(rows)
+    logits = torch.randn(rows, 5, generator=generator) * 4
+    targets = torch.randint(5, (rows,), generator=generator)
+    plain = outputs(TorchHead(), logits, targets)
+    truth = outputs(TorchHead(), logits.double(), targets)
+    for level in levels():
+        for name, value in outputs(NativeHead(level), logits, targets).items():
+            what = f"{native_library.LEVELS[level]} {name}"
+            assert_within_budget(value, plain[name], truth[name], what)
+
+
+@needs_library
 def test_budget_sees_a_column_that_is_left_out():
     """Negative control: the same comparison without the last of 65 columns."""
     logits = torch.randn(9, 65, generator=torch.Generator().manual_seed(0))
@@ -102,20 +118,20 @@ def test_nan_is_not_hidden(level):
 @needs_library
 @pytest.mark.parametrize("level", levels())
 def test_infinitely_unlikely_columns_take_no_part(level):
-    logits = torch.zeros(1, 70)
-    logits[0, 8:] = -math.inf
-    targets = torch.tensor([3])
+    logits = torch.full((300, 16), -math.inf)  # four tiles, of which only the second has more
+    logits[100:108] = 0
+    targets = torch.tensor([103])
     row_max, sum_exp, target, sum_exp_z = OPERATORS.head_statistics(logits, targets, 0, True, level)
     assert [float(x) for x in (row_max, sum_exp, target, sum_exp_z)] == [0, 8, 0, 0]
     log_sum, one = sum_exp.log(), torch.ones(1)
     OPERATORS.head_dlogits_(logits, targets, 0, 1.0, row_max, log_sum, one, None, one, one, level)
-    assert logits[0, :8].isfinite().all()
-    assert not logits[0, 8:].any()
+    assert logits[:, 0].isfinite().all()
+    assert logits[:, 0].nonzero()[:, 0].tolist() == list(range(100, 108))
 
 
 @needs_library
 def test_a_level_that_is_not_there_is_refused():
-    logits, targets = torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)
+    logits, targets = torch.zeros(4, 16), torch.zeros(1, dtype=torch.int64)
     for level in (len(native_library.LEVELS), -2):
         with pytest.raises(RuntimeError, match=f"level must be -1 or one .* got {level}"):
             OPERATORS.head_statistics(logits, targets, 0, False, level)
@@ -144,24 +160,27 @@ def products(
     generator = torch.Generator().manual_seed(vocab)
     hidden = torch.randn(rows, dim, generator=generator).to(dtype)
     weight = torch.randn(vocab, dim, generator=generator).to(dtype)
-    dlogits = torch.randn(rows, vocab, generator=generator)
-    logits = torch.full((rows, vocab), float("nan"))
-    OPERATORS.head_logits_(logits, hidden, weight, 0.7, level)
+    targets = torch.zeros(rows, dtype=torch.int64)
+    padded = -(-rows // 16) * 16
+    columns = torch.full((vocab, padded), float("nan"))
+    OPERATORS.head_forward(hidden, weight, targets, 0, 1 / 0.7, False, columns, level)
+    dlogits = torch.full((vocab, padded), float("nan"))  # whose padding nobody may use
+    dlogits[:, :rows] = torch.randn(rows, vocab, generator=generator).T
     first = torch.full((vocab, dim), float("nan"))
     OPERATORS.head_dweight_(first, dlogits, hidden, False, level)
     second = first.clone()
     OPERATORS.head_dweight_(second, dlogits, hidden, True, level)
-    x, w, dz = hidden.double(), weight.double(), dlogits.to(dtype).double()
+    x, w, dz = hidden.double(), weight.double(), dlogits[:, :rows].T.to(dtype).double()
     return {
-        "logits": (logits, 0.7 * x @ w.T),
-        "dhidden": (OPERATORS.head_dhidden(dlogits, weight, level), dz @ w),
+        "logits": (columns[:, :rows].T, 0.7 * x @ w.T),
+        "dhidden": (OPERATORS.head_dhidden(dlogits, weight, rows, level), dz @ w),
         "dweight": (first, dz.T @ x),
         "dweight twice": (second, 2 * dz.T @ x),
     }
 
 
-# Around blocks of 32 and of 12 x 32, tiles of 120 and 128, depths of 256 and 512, groups of 256 and
-# 384 rows and two slices of 8192.
+# Around blocks of 32 and of 12 x 32, tiles of 96, depths of 256 and 512, groups of 384 rows and two
+# slices of 8192.
 @pytest.mark.parametrize(("level", "dtype"), levels_with_products())
 @pytest.mark.parametrize(
     ("rows", "dim", "vocab"),
@@ -201,10 +220,25 @@ def test_products_do_not_depend_on_the_number_of_threads(level, dtype):
 @pytest.mark.parametrize(("level", "dtype"), levels_with_products())
 def test_rows_of_logits_do_not_depend_on_other_rows(level, dtype):
     hidden, weight = torch.randn(30, 600).to(dtype), torch.randn(70, 600).to(dtype)
-    every, some = torch.empty(30, 70), torch.empty(5, 70)
-    OPERATORS.head_logits_(every, hidden, weight, 1.3, level)
-    OPERATORS.head_logits_(some, hidden[17:22].contiguous(), weight, 1.3, level)
-    assert torch.equal(every[17:22], some)
+    targets = torch.arange(30)
+    every, some = torch.empty(70, 32), torch.empty(70, 16)
+    of_every = OPERATORS.head_forward(hidden, weight, targets, 0, 1.3, True, every, level)
+    few = slice(17, 22)
+    of_some = OPERATORS.head_forward(
+        hidden[few].contiguous(), weight, targets[few].clone(), 0, 1.3, True, some, level
+    )
+    assert torch.equal(every[:, few], some[:, :5])
+    for a, b in zip(of_every, of_some, strict=True):
+        assert torch.equal(a[few], b)
+
+
+@pytest.mark.parametrize(("level", "dtype"), levels_with_products())
+def test_statistics_need_no_logits_in_memory(level, dtype):
+    hidden, weight = torch.randn(30, 40).to(dtype), torch.randn(700, 40).to(dtype)
+    call = (hidden, weight, torch.arange(30), 5, 0.7, True)
+    kept = OPERATORS.head_forward(*call, torch.empty(700, 32), level)
+    for a, b in zip(kept, OPERATORS.head_forward(*call, None, level), strict=True):
+        assert torch.equal(a, b)
 
 
 @needs_library
@@ -219,9 +253,9 @@ def test_products_of_float32_are_ours_by_default_on_amd_with_avx512():
 def test_levels_without_products_say_so():
     weight = torch.zeros(4, 8).bfloat16()
     with pytest.raises(RuntimeError, match="products of bfloat16 need level 3 or 4, got 0"):
-        OPERATORS.head_dhidden(torch.zeros(2, 4), weight, 0)
+        OPERATORS.head_dhidden(torch.zeros(4, 16), weight, 2, 0)
     with pytest.raises(RuntimeError, match="products of float32 need level 2 or higher, got 0"):
-        OPERATORS.head_dhidden(torch.zeros(2, 4), weight.float(), 0)
+        OPERATORS.head_dhidden(torch.zeros(4, 16), weight.float(), 2, 0)
 
 
 @needs_library
@@ -246,7 +280,7 @@ def test_every_instruction_set_serves_the_whole_operator(monkeypatch, level, dty
 
 @needs_library
 def test_operators_are_registered_as_torch_expects():
-    logits, targets = torch.randn(3, 10), torch.tensor([0, 5, 9])
+    logits, targets = torch.randn(10, 16), torch.tensor([0, 5, 9])
     tests = ("test_schema", "test_autograd_registration")
     torch.library.opcheck(
         OPERATORS.head_statistics.default, (logits, targets, 0, True, -1), test_utils=tests
@@ -267,9 +301,15 @@ def test_operators_are_registered_as_torch_expects():
 @needs_library
 def test_operators_refuse_what_they_cannot_read():
     with pytest.raises(RuntimeError, match="logits must be contiguous, of the operator's dtype"):
-        OPERATORS.head_statistics(torch.zeros(4, 2).T, torch.zeros(2).long(), 0, False, -1)
-    with pytest.raises(RuntimeError, match="targets must be .* and have 2 elements, got 3"):
-        OPERATORS.head_statistics(torch.zeros(2, 4), torch.zeros(3).long(), 0, False, -1)
+        OPERATORS.head_statistics(torch.zeros(16, 4).T, torch.zeros(2).long(), 0, False, -1)
+    with pytest.raises(RuntimeError, match="logits must be .* at least 32 rows.* got 16"):
+        OPERATORS.head_statistics(torch.zeros(4, 16), torch.zeros(17).long(), 0, False, -1)
+    with pytest.raises(RuntimeError, match="dlogits must be .* at least 16 rows.* got 2"):
+        OPERATORS.head_dhidden(torch.zeros(4, 2), torch.zeros(4, 8), 2, -1)
+    with pytest.raises(RuntimeError, match="targets must have one element .* of 2 rows .* got 3"):
+        OPERATORS.head_forward(
+            torch.zeros(2, 8), torch.zeros(4, 8), torch.zeros(3).long(), 0, 1.0, False, None, -1
+        )
 
 
 @needs_library

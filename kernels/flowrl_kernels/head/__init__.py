@@ -101,8 +101,10 @@ class Products(Protocol):
 
 class HeadKernels(Protocol):
     products: Products
-    forward_needs_workspace: bool
-    """Whether `statistics` needs `out` when no gradient follows."""
+
+    def forward_needs_workspace(self, head: Head) -> bool:
+        """Whether `statistics` needs `out` when no gradient follows."""
+        ...
 
     def logit_bytes(self, head: Head) -> int:
         """What a logit costs at the height of a chunk: workspace, and copies of it."""

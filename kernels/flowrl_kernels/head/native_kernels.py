@@ -1,9 +1,11 @@
-"""HeadKernels in native code (csrc/linear_logprobs_cpu.cpp, csrc/head_products_cpu.cpp).
+"""HeadKernels in native code (csrc/softmax_cpu.cpp, csrc/head_products_cpu.cpp).
 
-The workspace holds the logits until `dlogits_` overwrites them: one reading pass, one in place.
-Products of bfloat16 operands are native where the processor multiplies them faster than float32;
-dlogits are rounded to bfloat16 for them, after (p - 1). Products of float32 operands are native
-where that is faster than PyTorch's, on AMD's processors with AVX-512. All others are PyTorch's.
+The workspace holds the logits until `dlogits_` overwrites them: reduced tile by tile while they are
+in the caches, then one pass in place. It lies column by column, the n rows of a column side by
+side, so that a vector holds as many rows. Products of bfloat16 operands are native where the
+processor multiplies them faster than float32; dlogits are rounded to bfloat16 for them, after
+(p - 1). Products of float32 operands are native where that is faster than PyTorch's, on AMD's
+processors with AVX-512. All others are PyTorch's.
 """
 
 from __future__ import annotations
@@ -16,22 +18,26 @@ from torch import Tensor
 from flowrl_kernels.head import Head, LocalStatistics, Products, RowGradients, RowStatistics
 from flowrl_kernels.head import products as torch_products
 
-# The default of max_logits_bytes: in bfloat16 256 rows of 151936 columns run fastest; in float32
-# 384, with torch's products and with our own (140: 13% slower; 1024: 5%). A smaller vocabulary has
-# a workspace that malloc hands out again and again: 1024 x 8192 take 49 ms with 16 MiB and 73 ms
-# with 40 MiB, whose pages are new in every call.
+# The default of max_logits_bytes. At 151936 columns: in bfloat16 256 rows of them, more run no faster;
+# in float32 384 where torch multiplies (140: 13% slower), 193 where the products are ours (384: 8%
+# faster, for twice the memory). A smaller vocabulary has a workspace that malloc hands out again and
+# again: 1024 x 8192 take 49 ms with 16 MiB and 73 ms with 40 MiB, whose pages are new in every call.
 MOST_LOGITS_BYTES = {torch.bfloat16: 160 << 20, torch.float32: 256 << 20}
+MOST_OWN_FLOAT32_BYTES = 112 << 20
 REUSED_LOGITS_BYTES = 16 << 20
 FEWEST_COLUMNS = 2048  # below, tiles of the vocabulary are too few to share and float32 is torch's
 ENOUGH_ROWS = {torch.bfloat16: 256, torch.float32: 384}
+ROW_STEP = 16  # the workspace's columns are padded to whole vectors of rows
 
 
 def logits_bytes(weight: Tensor, max_logits_bytes: int | None) -> int:
     """`max_logits_bytes`, or the default for the columns and the dtype of `weight` (V_local, D)."""
     if max_logits_bytes is not None:
         return max_logits_bytes
-    enough = ENOUGH_ROWS[weight.dtype] * weight.shape[0] * 4
-    return min(max(enough, REUSED_LOGITS_BYTES), MOST_LOGITS_BYTES[weight.dtype])
+    columns, most = weight.shape[0], MOST_LOGITS_BYTES[weight.dtype]
+    if weight.dtype == torch.float32 and _native(weight, columns, -1):
+        most = MOST_OWN_FLOAT32_BYTES
+    return min(max(ENOUGH_ROWS[weight.dtype] * columns * 4, REUSED_LOGITS_BYTES), most)
 
 
 @dataclass(frozen=True)
@@ -40,20 +46,21 @@ class NativeProducts:
 
     def dhidden(self, dlogits: Tensor, weight: Tensor) -> Tensor:
         if _native(weight, weight.shape[0], self.level):
-            return torch.ops.flowrl_native.head_dhidden(dlogits, weight.contiguous(), self.level)
+            return torch.ops.flowrl_native.head_dhidden(
+                _columns(dlogits), weight.contiguous(), dlogits.shape[0], self.level
+            )
         return torch_products.dhidden(dlogits, weight)
 
     def dweight_(self, total: Tensor, dlogits: Tensor, hidden: Tensor, beta: int) -> None:
         if _native(hidden, total.shape[0], self.level):
             torch.ops.flowrl_native.head_dweight_(
-                total, dlogits, hidden.contiguous(), beta == 1, self.level
+                total, _columns(dlogits), hidden.contiguous(), beta == 1, self.level
             )
         else:
             torch_products.dweight_(total, dlogits, hidden, beta)
 
 
 class NativeHead:
-    forward_needs_workspace = True
     products: Products
 
     def __init__(self, level: int = -1) -> None:
@@ -61,25 +68,39 @@ class NativeHead:
         self.level = level
         self.products = NativeProducts(level)
 
+    def forward_needs_workspace(self, head: Head) -> bool:
+        return not _native(head.weight, head.weight.shape[0], self.level)
+
     def logit_bytes(self, head: Head) -> int:
         return head.dtype.itemsize
 
-    def workspace(self, head: Head, num_rows: int) -> Tensor:
-        return head.weight.new_empty(num_rows, head.weight.shape[0], dtype=head.dtype)
+    def workspace(self, head: Head, num_rows: int) -> Tensor:  # (num_rows, V_valid), strides (1, s)
+        padded = -(-num_rows // ROW_STEP) * ROW_STEP
+        columns = head.weight.new_empty(head.weight.shape[0], padded, dtype=head.dtype)
+        return columns.T[:num_rows]
 
     def statistics(
         self, head: Head, hidden: Tensor, targets: Tensor, out: Tensor | None
     ) -> LocalStatistics:
-        assert out is not None, "forward_needs_workspace"
-        if _native(hidden, out.shape[1], self.level):
-            torch.ops.flowrl_native.head_logits_(
-                out, hidden.contiguous(), head.weight.contiguous(), 1 / head.temperature, self.level
+        ops = torch.ops.flowrl_native
+        weight, targets = head.weight, targets.contiguous()
+        if _native(weight, weight.shape[0], self.level):
+            row_max, sum_exp, target, sum_exp_z = ops.head_forward(
+                hidden.contiguous(),
+                weight.contiguous(),
+                targets,
+                head.vocab_start,
+                head.temperature,
+                head.entropy,
+                None if out is None else _columns(out),
+                self.level,
             )
         else:
-            torch_products.logits_(out, hidden, head.weight, 1 / head.temperature)
-        row_max, sum_exp, target, sum_exp_z = torch.ops.flowrl_native.head_statistics(
-            out, targets.contiguous(), head.vocab_start, head.entropy, self.level
-        )
+            assert out is not None, "forward_needs_workspace"
+            torch_products.logits_(out, hidden, weight, 1 / head.temperature)
+            row_max, sum_exp, target, sum_exp_z = ops.head_statistics(
+                _columns(out), targets, head.vocab_start, head.entropy, self.level
+            )
         return LocalStatistics(row_max, sum_exp, target, sum_exp_z if head.entropy else None)
 
     def dlogits_(
@@ -92,7 +113,7 @@ class NativeHead:
         gradients: RowGradients,
     ) -> None:
         torch.ops.flowrl_native.head_dlogits_(
-            out,
+            _columns(out),
             targets.contiguous(),
             head.vocab_start,
             head.temperature,
@@ -104,6 +125,13 @@ class NativeHead:
             None if gradients.entropy is None else gradients.entropy.contiguous(),
             self.level,
         )
+
+
+def _columns(logits: Tensor) -> Tensor:  # (V, s)
+    """The whole columns of rows (n, V) of a workspace, padding and rows that are not in use
+    included."""
+    columns, stride = logits.shape[1], logits.stride(1)
+    return logits.as_strided((columns, stride), (stride, 1))
 
 
 def _native(operand: Tensor, columns: int, level: int) -> bool:

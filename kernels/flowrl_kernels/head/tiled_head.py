@@ -44,7 +44,6 @@ class TiledStatistics(LocalStatistics):
 
 class TiledHead(ABC):
     products: Products = products
-    forward_needs_workspace = False
 
     def __init__(self, precision: str = "native") -> None:
         self._fp8 = precision == "fp8"
@@ -80,6 +79,9 @@ class TiledHead(ABC):
         by_row: ByRow,
     ) -> None:
         """E in `out` becomes d(logits)."""
+
+    def forward_needs_workspace(self, head: Head) -> bool:
+        return False
 
     def logit_bytes(self, head: Head) -> int:
         return self.workspace_dtype(head).itemsize

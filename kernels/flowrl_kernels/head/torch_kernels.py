@@ -29,7 +29,9 @@ BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 
 class TorchHead:
     products: Products = products
-    forward_needs_workspace = True
+
+    def forward_needs_workspace(self, head: Head) -> bool:
+        return True
 
     def logit_bytes(self, head: Head) -> int:
         """A bfloat16 copy of the gradient, where the products need it, counts too."""

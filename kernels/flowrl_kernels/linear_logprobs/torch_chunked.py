@@ -89,7 +89,7 @@ class _LinearLogprobs(torch.autograd.Function):
         logprobs = hidden.new_zeros(targets.shape, dtype=head.dtype)  # masked rows stay 0
         row_max, log_sum, entropy = (torch.zeros_like(logprobs) for _ in range(3))
         chunks = call.chunks(head, targets)
-        needed = call.kernels.forward_needs_workspace
+        needed = call.kernels.forward_needs_workspace(head)
         workspace = call.workspace(head, chunks) if needed else None
         with torch.autocast(hidden.device.type, enabled=False):
             for rows, size in chunks:

@@ -180,7 +180,7 @@ class _Evaluation:
         call = self._call
         most = rows_per_chunk(call.head, call.kernels, call.max_logits_bytes)
         chunks = plan(call.targets, call.cu_seqlens, most)
-        if self._gradients.wanted or call.kernels.forward_needs_workspace:
+        if self._gradients.wanted or call.kernels.forward_needs_workspace(call.head):
             size = min(most, max(c.num_counted for c in chunks))
             self._workspace = Workspace(call.head, call.kernels, size)
         loss = self.logprobs.new_zeros(())
