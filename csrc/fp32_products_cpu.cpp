@@ -48,7 +48,7 @@ struct Panels {
 void prefetch_rows(const float* from, int64_t stride, int64_t rows, int64_t depth, int64_t index,
                    int64_t count) {
   for (int64_t row = rows * index / count; row < rows * (index + 1) / count; ++row)
-    for (int64_t k = 0; k < depth; k += 16) __builtin_prefetch(from + row * stride + k);
+    for (int64_t k = 0; k < depth; k += 16) __builtin_prefetch(from + row * stride + k, 0, 2);
 }
 
 // `rows` rows of left (stride apart; `existing` there are), times all panels: 12 rows by a part of

@@ -18,10 +18,11 @@ from torch import Tensor
 from flowrl_kernels.head import Head, LocalStatistics, Products, RowGradients, RowStatistics
 from flowrl_kernels.head import products as torch_products
 
-# The default of max_logits_bytes. At 151936 columns: in bfloat16 256 rows of them, more run no faster;
-# in float32 384 where torch multiplies (140: 13% slower), 193 where the products are ours (384: 8%
-# faster, for twice the memory). A smaller vocabulary has a workspace that malloc hands out again and
-# again: 1024 x 8192 take 49 ms with 16 MiB and 73 ms with 40 MiB, whose pages are new in every call.
+# The default of max_logits_bytes. At 151936 columns: in bfloat16 256 rows, more run no faster; in
+# float32 384 where torch multiplies (140: 13% slower), 193 where the products are ours (384: 8%
+# faster, for twice the memory). A smaller vocabulary has a workspace that malloc hands out again
+# and again: 1024 x 8192 take 49 ms with 16 MiB and 73 ms with 40 MiB, whose pages are new in every
+# call.
 MOST_LOGITS_BYTES = {torch.bfloat16: 160 << 20, torch.float32: 256 << 20}
 MOST_OWN_FLOAT32_BYTES = 112 << 20
 REUSED_LOGITS_BYTES = 16 << 20
