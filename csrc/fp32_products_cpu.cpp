@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kDepth = 512;        // of sums between two looks at the result, at most
 constexpr int64_t kHiddenDepth = 256;  // of the vocabulary, at a time, in d(hidden)
+constexpr int64_t kStripRows = 384;    // of hidden that a tile of the weight meets in a task
 
 // Equal parts, and where part `index` begins.
 struct Parts {
@@ -36,7 +37,21 @@ struct Panels {
         width(rounded(columns, kFp32Columns)),
         numbers(aligned_buffer<float>(depth * width)) {}
 
-  int64_t count() const { return width / kFp32Columns; }
+  // pack(column, start, depth, to) for each panel and part.
+  template <typename Pack>
+  void fill(const Pack& pack) const {
+    constexpr int64_t kGrain = 32768;  // numbers a thread packs at least
+    const int64_t size = std::max<int64_t>(parts.size * kFp32Columns, 1);
+    const auto fill = [&](int64_t begin, int64_t end) {
+      for (int64_t column = begin * kFp32Columns; column < end * kFp32Columns;
+           column += kFp32Columns)
+        for (int64_t part = 0; part < parts.count; ++part) {
+          const int64_t start = parts.begin(part);
+          pack(column, start, parts.begin(part + 1) - start, at(part, column));
+        }
+    };
+    torch::stable::parallel_for(0, width / kFp32Columns, divided(kGrain, size), fill);
+  }
 
   float* at(int64_t part, int64_t column) const {
     const int64_t depth = parts.begin(part + 1) - parts.begin(part);
@@ -51,10 +66,11 @@ void prefetch_rows(const float* from, int64_t stride, int64_t rows, int64_t dept
     for (int64_t k = 0; k < depth; k += 16) __builtin_prefetch(from + row * stride + k, 0, 2);
 }
 
-// `rows` rows of left (stride apart; `existing` there are), times all panels: 12 rows by a part of
-// the depth at a time, which fit in the first-level cache.
+// `rows` rows of left (stride apart; `existing` there are), times the panels from `first` on, as
+// many columns as the result has.
 void multiply_rows(const Fp32Kernels& kernels, const float* left, int64_t stride, int64_t rows,
-                   int64_t existing, const Panels& panels, float* padded_rows, Destination to) {
+                   int64_t existing, const Panels& panels, int64_t first, float* padded_rows,
+                   Destination to) {
   const Parts& parts = panels.parts;
   for (int64_t part = 0; part < parts.count; ++part) {
     const int64_t start = parts.begin(part), depth = parts.begin(part + 1) - start;
@@ -68,16 +84,17 @@ void multiply_rows(const Fp32Kernels& kernels, const float* left, int64_t stride
         std::copy_n(left + (whole + i) * stride + start, depth, padded_rows + i * depth);
     }
     for (int64_t column = 0; column < to.columns; column += kFp32Columns) {
-      prefetch_rows(next, stride, next_rows, depth, column / kFp32Columns, panels.count());
-      const float* panel = panels.at(part, column);
+      prefetch_rows(next, stride, next_rows, depth, column / kFp32Columns,
+                    divided(to.columns, kFp32Columns));
+      const float* panel = panels.at(part, first + column);
       for (int64_t row = 0; row < rows; row += kFp32Rows) {
         const Destination block{to.out + row * to.stride + column, to.stride,
                                 std::min(kFp32Rows, rows - row), to.columns - column, to.scale,
                                 to.accumulate || part > 0};
         if (row < whole)
-          kernels.block_of_rows(left + row * stride + start, stride, panel, depth, block);
+          kernels.block(left + row * stride + start, stride, 1, panel, depth, block);
         else
-          kernels.block_of_rows(padded_rows, depth, panel, depth, block);
+          kernels.block(padded_rows, depth, 1, panel, depth, block);
       }
     }
   }
@@ -88,41 +105,40 @@ void multiply_rows(const Fp32Kernels& kernels, const float* left, int64_t stride
 void fp32_logits(const Fp32Kernels& kernels, const HeadShape& s, const float* hidden,
                  const float* weight, float scale, Columns out, const TileDone& done) {
   const Panels panels(s.D, s.n);
-  for (int64_t part = 0; part < panels.parts.count; ++part) {
-    const int64_t start = panels.parts.begin(part), depth = panels.parts.begin(part + 1) - start;
-    for (int64_t row = 0; row < s.n; row += kFp32Columns)
-      kernels.pack_panel_transposed(hidden + row * s.D + start, s.D, s.n - row, depth,
-                                    panels.at(part, row));
-  }
-  torch::stable::parallel_for(0, tiles_of(s.V), 1, [&](int64_t begin, int64_t end) {
+  panels.fill([&](int64_t row, int64_t start, int64_t depth, float* to) {
+    kernels.pack_panel_transposed(hidden + row * s.D + start, s.D, s.n - row, depth, to);
+  });
+  const Parts strips(divided(s.n, kFp32Columns), kStripRows / kFp32Columns);
+  const auto multiply = [&](int64_t begin, int64_t end) {
     const Buffer<float> scratch =
         aligned_buffer<float>(out.z ? 0 : kTileColumns * out.stride);
     const Buffer<float> last = aligned_buffer<float>(kFp32Rows * panels.parts.most);
-    for (int64_t tile = begin; tile < end; ++tile) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t tile = task / strips.count, strip = task % strips.count;
       const int64_t first = tile * kTileColumns, height = std::min(kTileColumns, s.V - first);
-      float* z = out.z ? out.z + first * out.stride : scratch.get();
-      multiply_rows(kernels, weight + first * s.D, s.D, height, s.V - first, panels, last.get(),
-                    {z, out.stride, 0, s.n, scale, false});
-      done(tile, {z, out.stride, height, s.n});
+      const int64_t row = strips.begin(strip) * kFp32Columns;
+      const int64_t rows = std::min(strips.begin(strip + 1) * kFp32Columns, s.n) - row;
+      float* z = (out.z ? out.z + first * out.stride : scratch.get()) + row;
+      multiply_rows(kernels, weight + first * s.D, s.D, height, s.V - first, panels, row,
+                    last.get(), {z, out.stride, 0, rows, scale, false});
+      done(tile, row, {z, out.stride, height, rows});
     }
-  });
+  };
+  torch::stable::parallel_for(0, tiles_of(s.V) * strips.count, 1, multiply);
 }
 
 void fp32_dweight(const Fp32Kernels& kernels, const HeadShape& s, Columns dlogits,
                   const float* hidden, bool accumulate, float* total) {
   const Panels panels(s.n, s.D);
-  for (int64_t part = 0; part < panels.parts.count; ++part) {
-    const int64_t start = panels.parts.begin(part), depth = panels.parts.begin(part + 1) - start;
-    for (int64_t column = 0; column < s.D; column += kFp32Columns)
-      kernels.pack_panel(hidden + start * s.D + column, s.D, s.D - column, depth,
-                         panels.at(part, column));
-  }
+  panels.fill([&](int64_t column, int64_t start, int64_t depth, float* to) {
+    kernels.pack_panel(hidden + start * s.D + column, s.D, s.D - column, depth, to);
+  });
   torch::stable::parallel_for(0, tiles_of(s.V), 1, [&](int64_t begin, int64_t end) {
     const Buffer<float> last = aligned_buffer<float>(kFp32Rows * panels.parts.most);
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first = tile * kTileColumns, height = std::min(kTileColumns, s.V - first);
       multiply_rows(kernels, dlogits.z + first * dlogits.stride, dlogits.stride, height,
-                    s.V - first, panels, last.get(),
+                    s.V - first, panels, 0, last.get(),
                     {total + first * s.D, s.D, 0, s.D, 1.0f, accumulate});
     }
   });
@@ -151,7 +167,8 @@ void fp32_dhidden(const Fp32Kernels& kernels, const HeadShape& s, Columns dlogit
         for (int64_t column = 0; column < s.D; column += kFp32Columns) {
           kernels.pack_panel(weight + k * s.D + column, s.D, s.D - column, depth, panel.get());
           for (int64_t row = 0; row < rows; row += kFp32Rows)
-            kernels.block(&left[row / kFp32Rows * left_stride(depth)], panel.get(), depth,
+            kernels.block(&left[row / kFp32Rows * left_stride(depth)], 1, kFp32Rows, panel.get(),
+                          depth,
                           {out + row * s.D + column, s.D, std::min(kFp32Rows, rows - row),
                            s.D - column, 1.0f, k > start});
         }

@@ -82,7 +82,7 @@ void bf16_logits(const ProductKernels& kernels, const HeadShape& s, const BFloat
       float* z = out.z ? out.z + first * out.stride : scratch.get();
       multiply(kernels, left_operand(weight + first * s.D, height, s.D, left.get()), height,
                panels.get(), s.n, padded(s.D), {z, out.stride, 0, 0, scale, false});
-      done(tile, {z, out.stride, height, s.n});
+      done(tile, 0, {z, out.stride, height, s.n});
     }
   });
 }
@@ -150,7 +150,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_forward(Tensor hidden, Tensor we
   STD_TORCH_CHECK(targets.numel() == s.n, "targets must have one element for each of ", s.n,
                   " rows of hidden, got ", targets.numel());
   ChunkStatistics statistics(softmax_kernels(level), targets, vocab_start, s.V, entropy);
-  const auto done = [&](int64_t index, Tile tile) { statistics.add(index, 0, tile); };
+  const auto done = [&](int64_t index, int64_t first_row, Tile tile) {
+    statistics.add(index, first_row, tile);
+  };
   const float scale = static_cast<float>(1 / temperature);
   if (is_float32(weight))
     fp32_logits(fp32_kernels(level), s, checked<float>(hidden, s.n * s.D, "hidden"),

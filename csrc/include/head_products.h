@@ -19,8 +19,9 @@ struct Columns {
   int64_t stride;  // from a column to the next; >= padded_rows(n)
 };
 
-// Called once for each tile of kTileColumns logits, from several threads.
-using TileDone = std::function<void(int64_t index, Tile tile)>;
+// Called once for the rows from first_row on of each tile of kTileColumns logits, from several
+// threads.
+using TileDone = std::function<void(int64_t index, int64_t first_row, Tile tile)>;
 
 // scale * hidden (n, D) @ weight (V, D).T, to `out`; where that is null, only to `done`.
 void fp32_logits(const Fp32Kernels& kernels, const HeadShape& shape, const float* hidden,

@@ -21,11 +21,11 @@ from flowrl_kernels.head import products as torch_products
 # The default of max_logits_bytes. At 151936 columns: in bfloat16 256 rows, more run no faster; in
 # float32 384 where torch multiplies (140: 13% slower), 193 where the products are ours (384: 8%
 # faster, for twice the memory). A smaller vocabulary has a workspace that malloc hands out again
-# and again: 1024 x 8192 take 49 ms with 16 MiB and 73 ms with 40 MiB, whose pages are new in every
-# call.
+# and again: of 1024 x 8192, 16 MiB at a time take 5% longer than 20, and more than 32 half as long
+# again: malloc gives that back, and its pages are new in every call.
 MOST_LOGITS_BYTES = {torch.bfloat16: 160 << 20, torch.float32: 256 << 20}
 MOST_OWN_FLOAT32_BYTES = 112 << 20
-REUSED_LOGITS_BYTES = 16 << 20
+REUSED_LOGITS_BYTES = 20 << 20
 FEWEST_COLUMNS = 2048  # below, tiles of the vocabulary are too few to share and float32 is torch's
 ENOUGH_ROWS = {torch.bfloat16: 256, torch.float32: 384}
 ROW_STEP = 16  # the workspace's columns are padded to whole vectors of rows
@@ -76,8 +76,10 @@ class NativeHead:
         return head.dtype.itemsize
 
     def workspace(self, head: Head, num_rows: int) -> Tensor:  # (num_rows, V_valid), strides (1, s)
-        padded = -(-num_rows // ROW_STEP) * ROW_STEP
-        columns = head.weight.new_empty(head.weight.shape[0], padded, dtype=head.dtype)
+        steps = -(-num_rows // ROW_STEP)
+        if steps >= 32:
+            steps |= 1  # long columns a power of two apart would share a few places of a cache
+        columns = head.weight.new_empty(head.weight.shape[0], steps * ROW_STEP, dtype=head.dtype)
         return columns.T[:num_rows]
 
     def statistics(
