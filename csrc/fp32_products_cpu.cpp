@@ -7,7 +7,8 @@
 
 #include <algorithm>
 
-#include "chunk_statistics.h"
+#include <torch/csrc/stable/ops.h>
+
 #include "head_products.h"
 #include "product_buffers.h"
 
@@ -69,7 +70,7 @@ void prefetch_rows(const float* from, int64_t stride, int64_t rows, int64_t dept
 // `rows` rows of left (stride apart; `existing` there are), times the panels from `first` on, as
 // many columns as the result has.
 void multiply_rows(const Fp32Kernels& kernels, const float* left, int64_t stride, int64_t rows,
-                   int64_t existing, const Panels& panels, int64_t first, float* padded_rows,
+                   int64_t existing, const Panels& panels, int64_t first, float* tail,
                    Destination to) {
   const Parts& parts = panels.parts;
   for (int64_t part = 0; part < parts.count; ++part) {
@@ -79,9 +80,9 @@ void multiply_rows(const Fp32Kernels& kernels, const float* left, int64_t stride
     const int64_t next_rows = last ? std::clamp<int64_t>(existing - rows, 0, rows) : rows;
     const int64_t whole = rows / kFp32Rows * kFp32Rows, height = rows - whole;
     if (height > 0) {  // the last rows: those past the end are not ours to read
-      std::fill_n(padded_rows, kFp32Rows * depth, 0.0f);
+      std::fill_n(tail, kFp32Rows * depth, 0.0f);
       for (int64_t i = 0; i < height; ++i)
-        std::copy_n(left + (whole + i) * stride + start, depth, padded_rows + i * depth);
+        std::copy_n(left + (whole + i) * stride + start, depth, tail + i * depth);
     }
     for (int64_t column = 0; column < to.columns; column += kFp32Columns) {
       prefetch_rows(next, stride, next_rows, depth, column / kFp32Columns,
@@ -94,7 +95,7 @@ void multiply_rows(const Fp32Kernels& kernels, const float* left, int64_t stride
         if (row < whole)
           kernels.block(left + row * stride + start, stride, 1, panel, depth, block);
         else
-          kernels.block(padded_rows, depth, 1, panel, depth, block);
+          kernels.block(tail, depth, 1, panel, depth, block);
       }
     }
   }

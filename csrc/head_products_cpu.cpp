@@ -1,8 +1,9 @@
 // The three products of the output layer, summed in float32: those of bfloat16 operands, and where
 // those of float32 operands go (fp32_products_cpu.cpp).
 //
-// Each runs over the vocabulary in tiles that are packed once, used for all rows, and forgotten.
-// Which sums are added to which does not depend on the number of threads.
+// Each runs over the vocabulary in tiles. A tile of the weight is read where it is for the logits,
+// if it is as the kernels want it, and packed once for each group of rows of d(hidden). Which sums
+// are added to which does not depend on the number of threads.
 
 #include <algorithm>
 #include <cstring>
@@ -10,7 +11,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "checked.h"
-#include "chunk_statistics.h"
 #include "head_products.h"
 #include "operators.h"
 #include "product_buffers.h"
@@ -44,7 +44,7 @@ void multiply(const ProductKernels& kernels, const BFloat16Bits* left, int64_t r
               const BFloat16Bits* panels, int64_t columns, int64_t depth, Destination to) {
   for (int64_t column = 0; column < columns; column += kBlockRows)
     for (int64_t row = 0; row < rows; row += kBlockRows)
-      kernels.block(left + row * depth, depth, panels + column * depth, depth,
+      kernels.block(left + row * depth, panels + column * depth, depth,
                     {to.out + row * to.stride + column, to.stride, std::min(kBlockRows, rows - row),
                      std::min(kBlockRows, columns - column), to.scale, to.accumulate});
 }
@@ -59,14 +59,6 @@ const BFloat16Bits* left_operand(const BFloat16Bits* from, int64_t rows, int64_t
   for (int64_t row = 0; row < rows; ++row)
     std::memcpy(to + row * padded(depth), from + row * depth, depth * sizeof(BFloat16Bits));
   return to;
-}
-
-Columns checked_columns(const Tensor& logits, int64_t columns, int64_t rows, const char* name) {
-  const int64_t stride = logits.size(1);
-  STD_TORCH_CHECK(stride >= padded_rows(rows), name, " must be (columns, at least ",
-                  padded_rows(rows), " rows), got ", stride,
-                  " rows; call flowrl_kernels' public operators");
-  return {checked<float>(logits, columns * stride, name), stride};
 }
 
 void bf16_logits(const ProductKernels& kernels, const HeadShape& s, const BFloat16Bits* hidden,
@@ -146,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_forward(Tensor hidden, Tensor we
                                                         OptionalTensor out, int64_t level) {
   const HeadShape s{hidden.size(0), hidden.size(1), weight.size(0)};
   const Columns z =
-      out ? checked_columns(*out, s.V, s.n, "out") : Columns{nullptr, padded_rows(s.n)};
+      out ? checked_columns(*out, s.V, s.n, "out") : Columns{nullptr, padded_rows(s.n) | kRowStep};
   STD_TORCH_CHECK(targets.numel() == s.n, "targets must have one element for each of ", s.n,
                   " rows of hidden, got ", targets.numel());
   ChunkStatistics statistics(softmax_kernels(level), targets, vocab_start, s.V, entropy);

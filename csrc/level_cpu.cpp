@@ -65,7 +65,8 @@ std::array<LevelKernels, kNumLevels> levels_here() {
 #endif
 #if FLOWRL_BF16_PRODUCTS
   if (!__builtin_cpu_supports("avx512bf16")) return found;
-  found[kAvx512Bf16] = {&softmax_kernels_avx512, &product_kernels_avx512_bf16, &fp32_kernels_avx512};
+  found[kAvx512Bf16] = {&softmax_kernels_avx512, &product_kernels_avx512_bf16,
+                        &fp32_kernels_avx512};
   if (amx_granted())
     found[kAmx] = {&softmax_kernels_avx512, &product_kernels_amx, &fp32_kernels_avx512};
 #endif

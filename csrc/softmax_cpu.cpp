@@ -35,15 +35,6 @@ void for_each_part(float* z, int64_t stride, int64_t columns, int64_t rows, cons
   });
 }
 
-// logits (V, stride), each column's rows padded: the numbers and the stride.
-std::pair<float*, int64_t> checked_logits(const Tensor& logits, int64_t rows) {
-  const int64_t columns = logits.size(0), stride = logits.size(1);
-  STD_TORCH_CHECK(stride >= padded_rows(rows), "logits must be (columns, at least ",
-                  padded_rows(rows), " rows) for ", rows, " targets, got ", stride,
-                  " rows; call flowrl_kernels' public operators");
-  return {checked<float>(logits, columns * stride, "logits"), stride};
-}
-
 const float* optional_rows(const OptionalTensor& tensor, int64_t rows, const char* name) {
   return tensor ? checked<float>(*tensor, rows, name) : nullptr;
 }
@@ -59,17 +50,17 @@ ChunkStatistics::ChunkStatistics(const SoftmaxKernels& kernels, Tensor targets, 
       entropy_(entropy),
       column_(rows_),
       at_target_(rows_, -std::numeric_limits<float>::infinity()),
-      row_max_(stride_ * tiles_),
-      sum_exp_(stride_ * tiles_),
-      sum_exp_z_(entropy ? stride_ * tiles_ : 0) {
+      row_max_(aligned_buffer<float>(stride_ * tiles_)),
+      sum_exp_(aligned_buffer<double>(stride_ * tiles_)),
+      sum_exp_z_(aligned_buffer<double>(entropy ? stride_ * tiles_ : 0)) {
   const int64_t* target = checked<int64_t>(targets, rows_, "targets");
   for (int64_t row = 0; row < rows_; ++row) column_[row] = target[row] - vocab_start;
 }
 
 RowSums ChunkStatistics::sums_of(int64_t tile, int64_t first_row) {
   const int64_t first = stride_ * tile + first_row;
-  return {row_max_.data() + first, sum_exp_.data() + first,
-          entropy_ ? sum_exp_z_.data() + first : nullptr};
+  return {row_max_.get() + first, sum_exp_.get() + first,
+          entropy_ ? sum_exp_z_.get() + first : nullptr};
 }
 
 void ChunkStatistics::add(int64_t tile, int64_t first_row, Tile logits) {
@@ -101,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_statistics(Tensor logits, Tensor
                                                            int64_t vocab_start, bool entropy,
                                                            int64_t level) {
   const int64_t columns = logits.size(0), rows = targets.numel();
-  const auto [z, stride] = checked_logits(logits, rows);
+  const auto [z, stride] = checked_columns(logits, columns, rows, "logits");
   ChunkStatistics statistics(softmax_kernels(level), targets, vocab_start, columns, entropy);
   for_each_part(z, stride, columns, rows, [&](int64_t tile, int64_t row, Tile part) {
     statistics.add(tile, row, part);
@@ -113,7 +104,7 @@ void head_dlogits_(Tensor logits, Tensor targets, int64_t vocab_start, double te
                    Tensor row_max, Tensor log_sum, Tensor dlogprobs, OptionalTensor dlse,
                    OptionalTensor row_entropy, OptionalTensor dentropy, int64_t level) {
   const int64_t columns = logits.size(0), rows = targets.numel();
-  const auto [z, stride] = checked_logits(logits, rows);
+  const auto [z, stride] = checked_columns(logits, columns, rows, "logits");
   const int64_t* target = checked<int64_t>(targets, rows, "targets");
   const float* maxima = checked<float>(row_max, rows, "row_max");
   const float* log_sums = checked<float>(log_sum, rows, "log_sum");
@@ -127,7 +118,7 @@ void head_dlogits_(Tensor logits, Tensor targets, int64_t vocab_start, double te
 
   const int64_t padded = padded_rows(rows);
   std::vector<float> numbers(4 * padded);  // row_max, gain, slope, log_sum
-  float *of_max = &numbers[0], *gain = of_max + padded, *slope = gain + padded;
+  float *of_max = numbers.data(), *gain = of_max + padded, *slope = gain + padded;
   float* of_log_sum = slope + padded;
   for (int64_t i = 0; i < rows; ++i) {
     const double probability = std::exp(-static_cast<double>(log_sums[i]));  // of z = row_max

@@ -4,7 +4,9 @@
 #include <tuple>
 #include <vector>
 
+#include "checked.h"
 #include "operators.h"
+#include "product_buffers.h"
 #include "softmax_kernels.h"
 
 namespace flowrl {
@@ -14,13 +16,28 @@ constexpr int64_t kTileColumns = 96;
 
 inline int64_t tiles_of(int64_t columns) { return (columns + kTileColumns - 1) / kTileColumns; }
 
+// Logits or dlogits of a chunk, column by column.
+struct Columns {
+  float* z;
+  int64_t stride;  // from a column to the next; >= padded_rows(rows)
+};
+
+inline Columns checked_columns(const Tensor& logits, int64_t columns, int64_t rows,
+                               const char* name) {
+  const int64_t stride = logits.size(1);
+  STD_TORCH_CHECK(stride >= padded_rows(rows), name, " must be (columns, at least ",
+                  padded_rows(rows), " rows), got ", stride,
+                  " rows; call flowrl_kernels' public operators");
+  return {checked<float>(logits, columns * stride, name), stride};
+}
+
 class ChunkStatistics {
  public:
   // targets (n,): columns of the whole vocabulary, of which `columns` from vocab_start on are here.
   ChunkStatistics(const SoftmaxKernels& kernels, Tensor targets, int64_t vocab_start,
                   int64_t columns, bool entropy);
 
-  // z: the tile's first number of row first_row, a multiple of kRowStep.
+  // logits.z is the number of row first_row, a multiple of kRowStep.
   void add(int64_t tile, int64_t first_row, Tile logits);
 
   // row_max, sum_exp, logit of the target (-inf where it is not here), sum_exp_z: (n,) each.
@@ -34,8 +51,8 @@ class ChunkStatistics {
   bool entropy_;
   std::vector<int64_t> column_;  // of the target, from this rank's first column on
   std::vector<float> at_target_;
-  std::vector<float> row_max_;  // [tiles][stride]
-  std::vector<double> sum_exp_, sum_exp_z_;  // the same; sum_exp_z_ is empty without entropy
+  Buffer<float> row_max_;  // [tiles][stride]
+  Buffer<double> sum_exp_, sum_exp_z_;  // the same; sum_exp_z_ is empty without entropy
 };
 
 }  // namespace flowrl

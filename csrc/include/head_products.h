@@ -1,22 +1,16 @@
-// Shapes that all products share; head_products_cpu.cpp calls those of float32 operands for tensors.
+// What all products share. head_products_cpu.cpp calls those of float32 operands for tensors.
 #pragma once
 
 #include <cstdint>
 #include <functional>
 
+#include "chunk_statistics.h"
 #include "fp32_kernels.h"
-#include "softmax_kernels.h"
 
 namespace flowrl {
 
 struct HeadShape {
   int64_t n, D, V;  // rows, width of hidden, columns of logits
-};
-
-// Logits or dlogits of a chunk, column by column.
-struct Columns {
-  float* z;
-  int64_t stride;  // from a column to the next; >= padded_rows(n)
 };
 
 // Called once for the rows from first_row on of each tile of kTileColumns logits, from several

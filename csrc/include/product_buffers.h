@@ -36,8 +36,8 @@ inline int64_t slices_of(int64_t columns) {
 inline int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t rounded(int64_t size, int64_t step) { return divided(size, step) * step; }
 
-// d(hidden)'s rows in equal groups, multiples of `step`: as many as its slices leave threads without
-// work, and few enough rows to stay in the caches.
+// d(hidden)'s rows in equal groups, multiples of `step`: enough for threads that its slices leave
+// without work, and of few enough rows to stay in the caches.
 inline int64_t group_rows_of(int64_t rows, int64_t slices, int64_t step) {
   constexpr int64_t kMost = 384;
   const int64_t threads = torch::stable::get_num_threads();

@@ -1,8 +1,8 @@
 // Products of bfloat16 operands with float32 sums, in blocks of 32 x 32 results. One copy per
 // instruction set; free of torch and of the standard library (see softmax_kernels.h).
 //
-// Operands are packed, and padded with zeros to multiples of 32:
-//   left   (32 rows, depth) one row after the other;
+// Operands are padded with zeros to multiples of 32:
+//   left   (32 rows, depth) one row after the other: packed, or a matrix that is like that;
 //   panel  (depth, 16 columns) as [depth / 2][16][2]: pairs of rows side by side, as the
 //          instructions want them. Two panels, one after the other, make the right operand.
 #pragma once
@@ -34,9 +34,9 @@ struct ProductKernels {
   // Around the blocks that one thread computes in a row: the state of the tile registers.
   void (*enter)();
   void (*leave)();
-  // left (32, depth) in rows of left_stride, times two panels of `depth` rows.
-  void (*block)(const BFloat16Bits* left, int64_t left_stride, const BFloat16Bits* panels,
-                int64_t depth, Destination to);
+  // left (32, depth) times two panels of `depth` rows, a multiple of 32. All of left is read.
+  void (*block)(const BFloat16Bits* left, const BFloat16Bits* panels, int64_t depth,
+                Destination to);
   // float32 (rows, columns), rounded to nearest, as a left operand of padded size.
   void (*pack_left)(const float* from, int64_t stride, int64_t rows, int64_t columns,
                     BFloat16Bits* to);

@@ -12,7 +12,9 @@ namespace flowrl {
 
 constexpr int64_t kRowStep = 16;  // rows of a column are padded to a multiple of it
 
-static inline int64_t padded_rows(int64_t rows) { return (rows + kRowStep - 1) / kRowStep * kRowStep; }
+static inline int64_t padded_rows(int64_t rows) {
+  return (rows + kRowStep - 1) / kRowStep * kRowStep;
+}
 
 // The padding of rows is read and written, and its numbers mean nothing.
 struct Tile {
@@ -22,8 +24,8 @@ struct Tile {
   int64_t rows;
 };
 
-// Sums over columns, relative to row_max = max_j z_j. For each row, padded. In double: where one
-// column has nearly all of the probability, the others are what is left of the sum besides 1.
+// Sums over columns, relative to row_max = max_j z_j. For each row, padded. In double: beside a
+// column that has nearly all of the probability, the others would be rounded away one by one.
 struct RowSums {
   float* row_max;
   double* sum_exp;    // sum_j exp(z_j - row_max)

@@ -25,7 +25,7 @@ def _load() -> str | None:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         return f"does not load ({str(error).strip().splitlines()[0]}; build it again: {BUILD})"
-    if not hasattr(torch.ops.flowrl_native, "has_products"):
+    if not hasattr(torch.ops.flowrl_native, "head_forward"):
         return f"was built from older sources (build it again: {BUILD})"
     return None
 

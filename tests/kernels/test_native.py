@@ -234,11 +234,20 @@ def test_rows_of_logits_do_not_depend_on_other_rows(level, dtype):
 
 @pytest.mark.parametrize(("level", "dtype"), levels_with_products())
 def test_statistics_need_no_logits_in_memory(level, dtype):
-    hidden, weight = torch.randn(30, 40).to(dtype), torch.randn(700, 40).to(dtype)
-    call = (hidden, weight, torch.arange(30), 5, 0.7, True)
-    kept = OPERATORS.head_forward(*call, torch.empty(700, 32), level)
+    hidden, weight = torch.randn(500, 40).to(dtype), torch.randn(700, 40).to(dtype)
+    call = (hidden, weight, torch.arange(500), 5, 0.7, True)
+    kept = OPERATORS.head_forward(*call, torch.empty(700, 512), level)
     for a, b in zip(kept, OPERATORS.head_forward(*call, None, level), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("level", "dtype"), levels_with_products())
+def test_a_rank_may_have_padding_only(level, dtype):
+    hidden, weight = torch.randn(70, 8).to(dtype), torch.empty(0, 8, dtype=dtype)
+    found = OPERATORS.head_forward(hidden, weight, torch.arange(70), 0, 1.0, True, None, level)
+    row_max, sum_exp, target, sum_exp_z = found
+    assert row_max.tolist() == target.tolist() == [-math.inf] * 70
+    assert sum_exp.tolist() == sum_exp_z.tolist() == [0] * 70
 
 
 @needs_library
@@ -262,7 +271,7 @@ def test_levels_without_products_say_so():
 @pytest.mark.parametrize("level", levels())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_instruction_set_serves_the_whole_operator(monkeypatch, level, dtype):
-    """linear_logprobs through the driver, on each level's rows and products."""
+    """linear_logprobs through the driver, on each level's softmax and products."""
     monkeypatch.setattr(NativeHead.__init__, "__defaults__", (level,))
     assert NativeHead().level == level
     case = make_case(33, 130, 48, size=3)
@@ -285,6 +294,12 @@ def test_operators_are_registered_as_torch_expects():
     torch.library.opcheck(
         OPERATORS.head_statistics.default, (logits, targets, 0, True, -1), test_utils=tests
     )
+    if OPERATORS.has_products(False, -1):
+        torch.library.opcheck(
+            OPERATORS.head_forward.default,
+            (torch.randn(3, 8), torch.randn(10, 8), targets, 0, 1.0, True, logits, -1),
+            test_utils=tests,
+        )
     rows = [torch.rand(3) for _ in range(6)]
     torch.library.opcheck(
         OPERATORS.head_dlogits_.default, (logits, targets, 0, 0.7, *rows, -1), test_utils=tests

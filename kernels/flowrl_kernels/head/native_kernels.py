@@ -1,11 +1,12 @@
 """HeadKernels in native code (csrc/softmax_cpu.cpp, csrc/head_products_cpu.cpp).
 
-The workspace holds the logits until `dlogits_` overwrites them: reduced tile by tile while they are
-in the caches, then one pass in place. It lies column by column, the n rows of a column side by
-side, so that a vector holds as many rows. Products of bfloat16 operands are native where the
-processor multiplies them faster than float32; dlogits are rounded to bfloat16 for them, after
-(p - 1). Products of float32 operands are native where that is faster than PyTorch's, on AMD's
-processors with AVX-512. All others are PyTorch's.
+The workspace holds the logits until `dlogits_` overwrites them. It lies column by column, the n
+rows of a column side by side, so that a vector holds as many rows. Our own products reduce a tile
+of logits as soon as it is made, and keep none where no gradient follows.
+
+Products of bfloat16 operands are native where the processor multiplies them faster than float32;
+dlogits are rounded to bfloat16 for them, after (p - 1). Products of float32 operands are native
+where that is faster than PyTorch's, on AMD's processors with AVX-512. All others are PyTorch's.
 """
 
 from __future__ import annotations

@@ -55,10 +55,11 @@ def linear_logprobs(
     `vocab_start` on, all ranks give the same hidden, targets and options, all get the same result,
     and the gradient of hidden is summed over ranks.
 
-    The chunked backends hold at most `max_logits_bytes` of logits (default 256 MiB on a CPU, 112
-    or 160 MiB where native code multiplies, which rounds rows up to 16; 3 GiB on CUDA), store the
-    log-sum-exp and make the logits a second time in backward: 8 T D V flop in all. The backends
-    triton and cuda hold none in forward, nor does native where it multiplies.
+    The chunked backends hold at most `max_logits_bytes` of logits (default 256 MiB on a CPU, by
+    native code less in bfloat16 and where it multiplies, its rows rounded up to 16, from 512 on to
+    32; 3 GiB on CUDA), store the log-sum-exp and make the logits a second time in backward:
+    8 T D V flop in all. The backends triton and cuda hold none in forward, nor does native where
+    it multiplies.
 
     precision="fp8" (triton and cuda) multiplies rows of hidden and weight rounded to e4m3, each
     with its own scale, and has no gradient: log-probs are off by 0.01 to 1, too much for importance

@@ -63,8 +63,9 @@ def linear_policy_loss(
     backward refuses an incoming gradient other than 1 (use grad_scale). Vocabulary, group, masks
     and numerics: linear_logprobs.
 
-    At most `max_logits_bytes` of logits are alive (default 256 MiB on a CPU, 112 or 160 MiB
-    where native code multiplies, which rounds rows up to 16; 3 GiB on CUDA).
+    At most `max_logits_bytes` of logits are alive (default 256 MiB on a CPU, by native
+    code less in bfloat16 and where it multiplies, its rows rounded up to 16, from 512 on to 32;
+    3 GiB on CUDA).
 
     Raises ValueError for arguments out of range, an objective whose loss is no scalar or whose
     metrics are not one number a sequence, and a backend that cannot run the call.
