@@ -147,20 +147,13 @@ void fp32_dweight(const Fp32Kernels& kernels, const HeadShape& s, Columns dlogit
 
 void fp32_dhidden(const Fp32Kernels& kernels, const HeadShape& s, Columns dlogits,
                   const float* weight, float* total) {
-  if (s.V == 0) std::fill_n(total, s.n * s.D, 0.0f);
-  const int64_t slices = slices_of(s.V);
-  const Buffer<float> others = aligned_buffer<float>((slices - 1) * s.n * s.D);
-  const int64_t group_rows = group_rows_of(s.n, slices, kFp32Rows);
-  const int64_t groups = divided(s.n, group_rows);
-  torch::stable::parallel_for(0, slices * groups, 1, [&](int64_t begin, int64_t end) {
+  HiddenSums sums(s.n, s.D, s.V, kFp32Rows, total);
+  torch::stable::parallel_for(0, sums.tasks(), 1, [&](int64_t begin, int64_t end) {
     const Buffer<float> left =
-        aligned_buffer<float>(group_rows / kFp32Rows * left_stride(kHiddenDepth));
+        aligned_buffer<float>(sums.group_rows() / kFp32Rows * left_stride(kHiddenDepth));
     const Buffer<float> panel = aligned_buffer<float>(kHiddenDepth * kFp32Columns);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t slice = task / groups, first = task % groups * group_rows;
-      const int64_t start = s.V * slice / slices, stop = s.V * (slice + 1) / slices;
-      const int64_t rows = std::min(group_rows, s.n - first);
-      float* out = (slice == 0 ? total : &others[(slice - 1) * s.n * s.D]) + first * s.D;
+    for (int64_t index = begin; index < end; ++index) {
+      const auto [first, rows, start, stop, out] = sums.task(index);
       for (int64_t k = start; k < stop; k += kHiddenDepth) {
         const int64_t depth = std::min(kHiddenDepth, stop - k);
         kernels.pack_left(dlogits.z + k * dlogits.stride + first, dlogits.stride, rows, depth,
@@ -176,7 +169,7 @@ void fp32_dhidden(const Fp32Kernels& kernels, const HeadShape& s, Columns dlogit
       }
     }
   });
-  add_slices(total, others.get(), slices, s.n * s.D);
+  sums.finish();
 }
 
 }  // namespace flowrl

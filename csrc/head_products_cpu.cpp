@@ -81,23 +81,16 @@ void bf16_logits(const ProductKernels& kernels, const HeadShape& s, const BFloat
 
 void bf16_dhidden(const ProductKernels& kernels, const HeadShape& s, Columns dlogits,
                   const BFloat16Bits* weight, float* total) {
-  if (s.V == 0) std::fill_n(total, s.n * s.D, 0.0f);
-  const int64_t slices = slices_of(s.V);
-  const Buffer<float> others = aligned_buffer<float>((slices - 1) * s.n * s.D);
-  const int64_t group_rows = group_rows_of(s.n, slices, kBlockRows);
-  const int64_t groups = divided(s.n, group_rows);
-  torch::stable::parallel_for(0, slices * groups, 1, [&](int64_t begin, int64_t end) {
+  HiddenSums sums(s.n, s.D, s.V, kBlockRows, total);
+  torch::stable::parallel_for(0, sums.tasks(), 1, [&](int64_t begin, int64_t end) {
     const Entered entered(kernels);
-    const Packed left = packed_buffer(group_rows, kDepth);
+    const Packed left = packed_buffer(sums.group_rows(), kDepth);
     const Packed panels = packed_buffer(kDepth, kBlockRows);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t slice = task / groups, row = task % groups * group_rows;
-      const int64_t start = s.V * slice / slices, stop = s.V * (slice + 1) / slices;
-      const int64_t rows = std::min(group_rows, s.n - row);
-      float* out = (slice == 0 ? total : &others[(slice - 1) * s.n * s.D]) + row * s.D;
+    for (int64_t index = begin; index < end; ++index) {
+      const auto [first, rows, start, stop, out] = sums.task(index);
       for (int64_t k = start; k < stop; k += kDepth) {
         const int64_t depth = std::min(kDepth, stop - k);
-        kernels.pack_left_transposed(dlogits.z + k * dlogits.stride + row, dlogits.stride, depth,
+        kernels.pack_left_transposed(dlogits.z + k * dlogits.stride + first, dlogits.stride, depth,
                                      rows, left.get());
         for (int64_t column = 0; column < s.D; column += kBlockRows) {
           const int64_t width = std::min(kBlockRows, s.D - column);
@@ -108,7 +101,7 @@ void bf16_dhidden(const ProductKernels& kernels, const HeadShape& s, Columns dlo
       }
     }
   });
-  add_slices(total, others.get(), slices, s.n * s.D);
+  sums.finish();
 }
 
 void bf16_dweight(const ProductKernels& kernels, const HeadShape& s, Columns dlogits,
