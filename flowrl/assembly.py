@@ -24,7 +24,7 @@ from flowrl.parallel import Parallel
 from flowrl.replica import ReplicaSampler, ReplicaTask
 from flowrl.rollout import Sampler, build_sampler
 from flowrl.schema import ConfigError, nearest
-from flowrl.staleness import AheadSampler
+from flowrl.staleness import AheadSampler, ReplicaAheadSampler
 from flowrl.step_config import StepsConfig
 from flowrl.step_expansion import StepExpansion
 from flowrl.tasks import Task, build_task
@@ -113,12 +113,6 @@ def _resolved_loop(config: Config, objective: Objective) -> LoopConfig:
         raise ConfigError(
             "rollout.max_staleness generates the batches to come, and loop.dynamic_sampling and "
             "loop.replay_fraction choose prompts by what was generated; set rollout.max_staleness=0"
-        )
-    if config.rollout.max_staleness and config.parallel.model_size > 1:
-        raise ConfigError(
-            "rollout.max_staleness samples while the policy trains, and the processes of a replica "
-            "must take turns, got parallel.tensor * parallel.pipeline = "
-            f"{config.parallel.model_size}; set rollout.max_staleness=0"
         )
     if config.rollout.engine == "replay" and loop.shares_groups:
         raise ConfigError(
@@ -260,6 +254,12 @@ def _build_sampler(
     )
 
 
+def _sampler(build: Callable[[], Sampler], ahead: bool, parallel: Parallel) -> Sampler:
+    if parallel.model_size > 1:
+        return (ReplicaAheadSampler if ahead else ReplicaSampler)(build, parallel)
+    return AheadSampler(build(), parallel.device) if ahead else build()
+
+
 def _step_task(task: Task) -> StepTask:
     if not isinstance(task, StepTask):
         raise ConfigError(
@@ -282,13 +282,9 @@ def assemble(config: Config, parallel: Parallel, say: Callable[[str], None]) -> 
     def sampler_of_one() -> Sampler:
         return _build_sampler(config, objective, task, directory, tokenizer, parallel)
 
+    sampler = _sampler(sampler_of_one, config.rollout.max_staleness > 0, parallel)
     if parallel.model_size > 1:
-        sampler = ReplicaSampler(sampler_of_one, parallel)
         task = cast(Task, ReplicaTask(task, parallel))
-    else:
-        sampler = sampler_of_one()
-    if config.rollout.max_staleness:
-        sampler = AheadSampler(sampler, parallel.device)
     try:
         sampler.load_weights(backend.named_weights(), backend.policy_version)
     except BaseException:

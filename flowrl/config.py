@@ -332,12 +332,6 @@ class Config:
             f"eval.num_prompts={self.eval.num_prompts}; set eval.num_prompts=0",
         )
         check_backend(self.model, self.parallel)
-        require(
-            not self.rollout.max_staleness or self.parallel.model_size == 1,
-            "generating ahead is for replicas of one process, got rollout.max_staleness="
-            f"{self.rollout.max_staleness} and {self.parallel.model_size} processes per replica; "
-            "set rollout.max_staleness=0",
-        )
 
     @property
     def run_dir(self) -> Path:

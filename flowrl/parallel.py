@@ -25,7 +25,8 @@ from torch import Tensor
 from flowrl.parallel_config import ParallelConfig
 from flowrl.schema import ConfigError
 
-TIMEOUT = timedelta(minutes=10)  # longest wait for another rank before the job ends
+WAIT_S = 1800.0  # longest wait for another rank before the job ends, if its engine has no more
+MARGIN_S = 60.0  # beyond what its engine may take
 Value = TypeVar("Value")
 
 
@@ -120,10 +121,14 @@ def _attempt(action: Callable[[], Value]) -> tuple[Value | None, Exception | Non
         return None, raised
 
 
-def start(device: str, layout: ParallelConfig | None = None) -> Parallel:
-    """Joins the process group that torchrun announced, if any. Raises ConfigError for a device that
-    is not there, and for processes that do not make whole replicas."""
+def start(
+    device: str, layout: ParallelConfig | None = None, engine_wait_s: float = 0.0
+) -> Parallel:
+    """Joins the process group that torchrun announced, if any; `engine_wait_s` is the longest that
+    one rank may wait for its engine while the others wait for it. Raises ConfigError for a device
+    that is not there, and for processes that do not make whole replicas."""
     layout = layout or ParallelConfig()
+    timeout = timedelta(seconds=max(WAIT_S, engine_wait_s + MARGIN_S))
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("model.device=cuda, but torch sees no CUDA device; set model.device=auto")
     use_cuda = device != "cpu" and torch.cuda.is_available()
@@ -134,8 +139,8 @@ def start(device: str, layout: ParallelConfig | None = None) -> Parallel:
         torch.cuda.set_device(local_rank)
     chosen = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if count > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=TIMEOUT)
-    return place(int(os.environ.get("RANK", 0)), count, layout, chosen)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=timeout)
+    return place(int(os.environ.get("RANK", 0)), count, layout, chosen, timeout)
 
 
 def num_processes() -> int:
@@ -143,7 +148,13 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def place(process: int, count: int, layout: ParallelConfig, device: torch.device) -> Parallel:
+def place(
+    process: int,
+    count: int,
+    layout: ParallelConfig,
+    device: torch.device,
+    timeout: timedelta = timedelta(seconds=WAIT_S),
+) -> Parallel:
     """The record of one process; every process calls it. Megatron's order: tensor ranks are
     neighbours, then replicas, then stages."""
     replicas = layout.replicas(count)
@@ -168,14 +179,14 @@ def place(process: int, count: int, layout: ParallelConfig, device: torch.device
         device=device,
         model_rank=tensor_rank + tensor * stage,
         model_size=layout.model_size,
-        data_group=_own_group(same_place, process),
-        model_group=_own_group(same_replica, process),
+        data_group=_own_group(same_place, process, timeout),
+        model_group=_own_group(same_replica, process, timeout),
     )
 
 
-def _own_group(groups: list[list[int]], process: int) -> Any:
+def _own_group(groups: list[list[int]], process: int, timeout: timedelta) -> Any:
     """The one of these disjoint groups that this process is in; every process makes them all."""
-    made = [(ranks, dist.new_group(ranks, timeout=TIMEOUT)) for ranks in groups]
+    made = [(ranks, dist.new_group(ranks, timeout=timeout)) for ranks in groups]
     return next(group for ranks, group in made if process in ranks)
 
 

@@ -209,6 +209,14 @@ class RolloutConfig:
         )
         return self.server_address[replica] if found else ""
 
+    @property
+    def longest_wait_s(self) -> float:
+        """Longest time that one call of the engine may take, restarts included; 0 without one."""
+        if self.engine != "vllm":
+            return 0.0
+        start, generate, sync = self.start_timeout_s, self.generate_timeout_s, self.sync_timeout_s
+        return max(start, generate, sync) + self.restart * (start + generate + sync)
+
     def by_transformers(self) -> RolloutConfig:
         """The same distribution without an engine to start."""
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
@@ -241,6 +249,12 @@ class RolloutConfig:
             self.engine != "replay" or self.max_staleness == 0,
             f"a replay generates nothing, got rollout.max_staleness={self.max_staleness}; "
             "set rollout.max_staleness=0",
+        )
+        require(
+            not self.sleep or self.max_staleness == 0,
+            "an engine that samples while the policy trains cannot sleep meanwhile, got "
+            f"rollout.sleep=true and rollout.max_staleness={self.max_staleness}; set one of them "
+            "to its default",
         )
 
 

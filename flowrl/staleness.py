@@ -10,15 +10,17 @@ generates it again, from the weights it resumes with.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from flowrl.experience import Collector, Experience
+from flowrl.parallel import Parallel
 from flowrl.records import Rollout, SampleRequest
+from flowrl.replica import ReplicaSampler
 from flowrl.rollout import Sampler
 
 
@@ -58,16 +60,34 @@ class AheadSampler:
         self.sampler.close()
 
 
+class ReplicaAheadSampler(ReplicaSampler):
+    """An AheadSampler on the replica's first process, for all of it. Its thread generates while the
+    replica trains, and goes through the weights' collectives while that process waits for it."""
+
+    def __init__(self, build: Callable[[], Sampler], parallel: Parallel) -> None:
+        super().__init__(lambda: AheadSampler(build(), parallel.device), parallel)
+        self.policy_version = 0  # of the weights loaded last
+
+    def prefetch(self, request: SampleRequest) -> None:
+        """Every process of the replica calls it; the first one starts to generate."""
+        if self._parallel.model_rank == 0:
+            cast(AheadSampler, self._own).prefetch(request)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
+        super().load_weights(weights, policy_version)
+        self.policy_version = policy_version
+
+
 class AheadCollector(Collector):
-    """A collector that asks its AheadSampler for the batches of `max_staleness` steps to come."""
+    """A collector that asks its sampler, an AheadSampler or a replica's, for the batches of
+    `max_staleness` steps to come."""
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
         self._asked = 0  # newest step that was asked for
 
     def collect(self, number: int) -> Experience:
-        sampler = self.sampler
-        assert isinstance(sampler, AheadSampler)
+        sampler = self._ahead
         depth, steps = self.config.rollout.max_staleness, self.config.trainer.steps
         size = self.config.batch.prompts_per_step
         for step in range(max(self._asked + 1, number), min(number + depth, steps) + 1):
@@ -79,11 +99,15 @@ class AheadCollector(Collector):
             experience, metrics={**experience.metrics, **self._staleness(experience.rollouts)}
         )
 
+    @property
+    def _ahead(self) -> AheadSampler | ReplicaAheadSampler:
+        assert isinstance(self.sampler, AheadSampler | ReplicaAheadSampler)
+        return self.sampler
+
     def _staleness(self, rollouts: list[Rollout]) -> dict[str, float]:
         """rollout/staleness: steps between the weights of the oldest rollout and the newest."""
-        assert isinstance(self.sampler, AheadSampler)
         oldest = min(r.policy_version for r in rollouts)
         updates = self.config.batch.updates_per_step
-        behind = (self.sampler.policy_version - oldest) / updates
+        behind = (self._ahead.policy_version - oldest) / updates
         assert behind <= self.config.rollout.max_staleness, (behind, oldest)
         return {"rollout/staleness": behind}

@@ -66,11 +66,6 @@ def test_an_objectives_unknown_default_names_the_nearest():
         ),
         ({"objective": {"name": "rloo"}, "value_head": {"lr": 1e-3}}, "has no value head"),
         (
-            {"rollout": {"max_staleness": 1}, "model": {"backend": "megatron"},
-             "parallel": {"tensor": 2}},
-            "set rollout.max_staleness=0",
-        ),
-        (
             {"loop": {"reference_reset_patience": 2}, "eval": {"every": 0}},
             "set eval.every",
         ),

@@ -182,6 +182,20 @@ def test_sampling_does_not_depend_on_the_layout(tiny, recorded, tmp_path):
     assert_same(rows(run_dir), rows(recorded)[:2])
 
 
+def test_a_split_policy_samples_ahead(tiny, tmp_path):
+    """Two stages, the first of which samples in a thread, against one process that does."""
+    ahead = {"rollout": {"max_staleness": 1}, "trainer": {"steps": 3}}
+    finish(command(tiny, tmp_path / "one", **ahead))
+    finish(command(tiny, tmp_path / "two", {"pipeline": 2}, **ahead))
+    found, expected = rows(tmp_path / "two"), rows(tmp_path / "one")
+    assert_same(found, expected)
+    assert [row["rollout/staleness"] for row in found] == [0, 1, 1]
+    for step in (1, 2, 3):
+        one, two = (samples(tmp_path / name, step) for name in ("one", "two"))
+        assert [row["response_ids"] for row in one] == [row["response_ids"] for row in two]
+        assert {row["policy_version"] for row in two} == {max(0, step - 2) * 2}
+
+
 def exported(run_dir, out, processes=1):
     launcher = [sys.executable]
     if processes > 1:

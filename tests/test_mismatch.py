@@ -1,5 +1,6 @@
 """The corrections against their definitions, written out by hand for two short sequences."""
 
+import dataclasses
 import math
 
 import pytest
@@ -127,6 +128,7 @@ def test_metrics_count_what_is_dropped():
         ({"server_python": "python3"}, "set rollout.engine=vllm"),
         ({"engine": "vllm", "mode": "in_process", "server_python": "x"}, "set rollout.mode=server"),
         ({"engine": "replay", "replay_dir": "x", "max_staleness": 1}, "max_staleness=0"),
+        ({"engine": "vllm", "sleep": True, "max_staleness": 1}, "cannot sleep"),
         ({"sync_timeout_s": 0.0}, "must be > 0"),
     ],
 )
@@ -137,6 +139,15 @@ def test_settings_that_cannot_work_are_refused(settings, remedy):
 
 def test_fp8_with_a_correction_is_accepted():
     assert RolloutConfig(engine="vllm", dtype="fp8", correction="tis").dtype == "fp8"
+
+
+def test_other_ranks_wait_as_long_as_an_engine_may_take():
+    once = RolloutConfig(
+        engine="vllm", start_timeout_s=100, generate_timeout_s=7200, sync_timeout_s=10
+    )
+    assert once.longest_wait_s == 7200
+    assert dataclasses.replace(once, restart=2).longest_wait_s == 7200 + 2 * 7310
+    assert RolloutConfig().longest_wait_s == 0
 
 
 def test_evaluation_samples_the_same_distribution_without_the_engine():

@@ -155,11 +155,6 @@ def test_known_bad_layouts_are_refused_with_the_remedy(settings, message):
         ({"model": {"fp8": "hybrid"}}, "needs model.backend=megatron"),
         ({"model": {"backend": "megatron", "fp8": "e4m3"}}, "needs model.dtype=bfloat16"),
         ({"model": {"backend": "megatron", "gradient_checkpointing": True}}, "recompute=full"),
-        (
-            {"model": {"backend": "megatron"}, "parallel": {"tensor": 2},
-             "rollout": {"max_staleness": 1}},
-            "set rollout.max_staleness=0",
-        ),
     ],
 )  # fmt: skip
 def test_settings_that_nothing_would_read_are_refused(settings, message):

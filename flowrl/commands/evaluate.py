@@ -37,7 +37,7 @@ def run(request: Request) -> None:
     """Prints the metrics; writes them to `out`, too, if it is given."""
     run_dir, model, options = request.run_dir, request.model, request.options
     config = _config(read_config(run_dir), request)
-    ranks = parallel.start(config.model.device, config.parallel)
+    ranks = parallel.start(config.model.device, config.parallel, config.rollout.longest_wait_s)
     console = Console(quiet=not ranks.is_main, soft_wrap=True)
     parts = assembly.assemble(config, ranks, console.print)
     try:

@@ -45,7 +45,7 @@ MAY_CHANGE = {
 def run(config: Config) -> None:
     """Trains from step 1. Raises ConfigError if the run directory exists."""
     config, _ = assembly.resolve(config)
-    ranks = parallel.start(config.model.device, config.parallel)
+    ranks = parallel.start(config.model.device, config.parallel, config.rollout.longest_wait_s)
     check_layout(config, ranks)
     ranks.agree(lambda: check_free(config.run_dir))
     _train(config, ranks, None, is_new=True)
@@ -54,7 +54,7 @@ def run(config: Config) -> None:
 def resume(run_path: Path, overrides: Mapping[str, Any]) -> None:
     """Continues a run from its newest valid checkpoint, or from the start if it has none."""
     config = assembly.resolve(resumed_config(read_config(run_path), overrides))[0]
-    ranks = parallel.start(config.model.device, config.parallel)
+    ranks = parallel.start(config.model.device, config.parallel, config.rollout.longest_wait_s)
     check_layout(config, ranks)
     console = Console(quiet=not ranks.is_main, soft_wrap=True)
     found = ranks.broadcast(

@@ -21,7 +21,7 @@ from flowrl.models.log_z import LogZHead
 from flowrl.models.megatron_model import build_chunk, transformer_config
 from flowrl.models.megatron_optimizer import wrap
 from flowrl.models.value_head import ValueHead
-from flowrl.parallel import TIMEOUT, Parallel
+from flowrl.parallel import Parallel
 
 
 class SplitPolicy:
@@ -182,7 +182,7 @@ def _join_groups(config: Config, parallel: Parallel) -> None:
     if not dist.is_initialized():
         dist.init_process_group(
             "gloo" if parallel.device.type == "cpu" else "cpu:gloo,cuda:nccl",
-            store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT,
+            store=HashStore(), rank=0, world_size=1,
         )  # fmt: skip
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
