@@ -62,6 +62,16 @@ class Parallel:
         dist.all_gather_object(values, value, group=self.data_group)
         return values
 
+    def gather_to_main(self, value: Value) -> list[Value]:
+        """Every replica's picklable value, in rank order, on the main process; elsewhere none."""
+        if self.model_rank:
+            return []
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size if self.is_main else []
+        dist.gather_object(value, values or None, group=self.data_group, group_dst=0)
+        return values
+
     def gather_all(self, value: Value) -> list[Value]:
         """Every process's picklable value, on every process."""
         if self.num_processes == 1:

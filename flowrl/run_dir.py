@@ -5,6 +5,7 @@ config.toml env.json metrics.jsonl timing.jsonl samples/ evals/ checkpoints/ log
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -77,13 +78,13 @@ class RunDir:
     def write_step(
         self, step: int, result: StepResult, timing: Mapping[str, float], full: bool
     ) -> None:
-        rows = self._gather_samples(step, result.rollouts, result.scores, result.rows, full)
+        lines = self._gather_samples(step, result, full)
 
         def write() -> None:
             if self.parallel.is_main:
                 self.metrics.write({"kind": "train", "step": step, **result.metrics})
                 self.timing.write({"kind": "train", "step": step, **timing})
-                _write_lines(self.path / "samples" / f"step_{step:06d}.jsonl", rows)
+                _write_whole(self.path / "samples" / f"step_{step:06d}.jsonl", "".join(lines))
 
         self.parallel.agree(write)
 
@@ -114,20 +115,14 @@ class RunDir:
         _write_lines(path, rows)
         return path
 
-    def _gather_samples(
-        self,
-        step: int,
-        rollouts: Sequence[Rollout],
-        scores: Sequence[Score],
-        columns: Mapping[str, torch.Tensor],
-        full: bool,
-    ) -> list[dict[str, Any]]:
+    def _gather_samples(self, step: int, result: StepResult, full: bool) -> list[str]:
+        """Every replica's lines on the main process, which alone holds them; elsewhere none."""
         mine = []
-        for index, (rollout, score) in enumerate(zip(rollouts, scores, strict=True)):
-            measured = {name: float(values[index]) for name, values in columns.items()}
-            mine.append({**_sample_row(step, rollout, score, full=full), **measured})
-        rows = [row for share in self.parallel.gather(mine) for row in share]
-        return sorted(rows, key=lambda row: (row["prompt_index"], row["sample"]))
+        for index, (rollout, score) in enumerate(zip(result.rollouts, result.scores, strict=True)):
+            measured = {name: float(values[index]) for name, values in result.rows.items()}
+            row = {**_sample_row(step, rollout, score, full=full), **measured}
+            mine.append((rollout.prompt.index, rollout.sample, _line(row)))
+        return [line for *_, line in sorted(itertools.chain(*self.parallel.gather_to_main(mine)))]
 
     # --- resuming
 
@@ -243,7 +238,11 @@ def _sample_row(step: int, rollout: Rollout, score: Score, *, full: bool) -> dic
 
 
 def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    _write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+    _write_whole(path, "".join(map(_line, rows)))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row) + "\n"
 
 
 def _write_whole(path: Path, text: str) -> None:
