@@ -332,6 +332,11 @@ class Config:
             f"eval.num_prompts={self.eval.num_prompts}; set eval.num_prompts=0",
         )
         check_backend(self.model, self.parallel)
+        require(
+            self.rollout.dtype != "fp8" or self.model.dtype == "bfloat16",
+            "rollout.dtype=fp8 quantises bfloat16 weights, got model.dtype="
+            f"{self.model.dtype}; set model.dtype=bfloat16",
+        )
 
     @property
     def run_dir(self) -> Path:

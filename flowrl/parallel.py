@@ -145,12 +145,25 @@ def start(
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     count = num_processes()
     layout.replicas(count)
+    chosen = torch.device("cpu")
     if use_cuda:
-        torch.cuda.set_device(local_rank)
-    chosen = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+        chosen = torch.device("cuda", _own_gpu(local_rank, torch.cuda.device_count()))
+        torch.cuda.set_device(chosen)
     if count > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=timeout)
     return place(int(os.environ.get("RANK", 0)), count, layout, chosen, timeout)
+
+
+def _own_gpu(local_rank: int, visible: int) -> int:
+    """Raises ConfigError where the node has more processes than GPUs."""
+    if visible == 1:  # some launchers show each process its own GPU alone
+        return 0
+    if local_rank >= visible:
+        raise ConfigError(
+            f"process {local_rank} of this node has no GPU, {visible} are visible; start at most "
+            "as many with torchrun --nproc-per-node"
+        )
+    return local_rank
 
 
 def num_processes() -> int:

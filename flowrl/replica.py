@@ -14,6 +14,7 @@ from torch import Tensor
 from flowrl.parallel import Parallel
 from flowrl.records import Rollout, SampleRequest, Score
 from flowrl.rollout import Sampler
+from flowrl.rollout.gpu_memory import release_cached
 from flowrl.tasks import Task
 
 
@@ -30,11 +31,13 @@ class ReplicaSampler:
         parallel.once(keep)
 
     def sample(self, request: SampleRequest) -> list[Rollout]:
+        release_cached()  # an engine may be on the GPUs of all these processes
         return self._parallel.once(lambda: self._own.sample(request))
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         """`weights` comes from a collective of the replica, so every process goes through it to the
         end, also where the sampler refuses one."""
+        release_cached()
         stream = iter(weights)
         failed: list[Exception] = []
         if self._sampler is not None:

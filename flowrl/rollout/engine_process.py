@@ -47,9 +47,11 @@ from flowrl.schema import ConfigError
 
 NOT_FOR_ENGINES = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
-    "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", TOKEN_VARIABLE,
+    "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_",
+    TOKEN_VARIABLE,
 )  # fmt: skip
-"""The trainer's own place among its ranks, which would make vLLM join them, and a secret."""
+"""Variables that begin so: the trainer's own place among its ranks, which would make vLLM join
+them, and a secret."""
 
 
 class ServerGroup:
@@ -57,15 +59,17 @@ class ServerGroup:
 
     def __init__(self, settings: EngineSettings, python: str, connection: socket.socket) -> None:
         """Starts it; it speaks through `connection`. Raises ConfigError if there is no such
-        Python."""
+        Python, or too few GPUs."""
+        environment = _environment(settings)
         self._import_dir = OwnedFolder("flowrl-server-", Path(tempfile.gettempdir()))
         command = [python or sys.executable, "-m", "flowrl.rollout.engine_server",
                    str(connection.fileno()), settings.to_json()]  # fmt: skip
+        environment["PYTHONPATH"] = _import_path(self._import_dir.path)
         with _open_log(Path(settings.log_path)) as log:
             try:
                 self.process = subprocess.Popen(
                     command,
-                    env=_environment(settings, self._import_dir.path),
+                    env=environment,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -225,20 +229,36 @@ class InProcess:
         wait_until_gone(lambda: [pid for pid in pids if is_alive(pid)])
 
 
-def _environment(settings: EngineSettings, import_dir: Path) -> dict[str, str]:
-    """For the server: finds this flowrl, but none of the packages that lie beside it, sees its own
-    GPUs and knows nothing of the trainer's ranks."""
-    (import_dir / "flowrl").symlink_to(Path(flowrl.__file__).parent)
-    kept = {k: v for k, v in os.environ.items() if k not in NOT_FOR_ENGINES}
-    paths = [str(import_dir), *filter(None, kept.get("PYTHONPATH", "").split(os.pathsep))]
-    kept["PYTHONPATH"] = os.pathsep.join(paths)
+def _import_path(folder: Path) -> str:
+    """PYTHONPATH of a server that finds this flowrl, but none of the packages that lie beside
+    it."""
+    (folder / "flowrl").symlink_to(Path(flowrl.__file__).parent)
+    return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+
+
+def _environment(settings: EngineSettings) -> dict[str, str]:
+    """For the server: it sees its own GPUs and knows nothing of the trainer's ranks."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(NOT_FOR_ENGINES)}
     if settings.device.startswith("cuda"):
-        first = int(settings.device.partition(":")[2] or 0)
-        wanted = range(first, first + settings.tensor_parallel_size)
-        visible = kept.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        names = [visible[i] if i < len(visible) and visible[i] else str(i) for i in wanted]
-        kept["CUDA_VISIBLE_DEVICES"] = ",".join(names)
+        kept["CUDA_VISIBLE_DEVICES"] = ",".join(_gpus(settings, kept.get("CUDA_VISIBLE_DEVICES")))
     return kept
+
+
+def _gpus(settings: EngineSettings, visible: str | None) -> list[str]:
+    """What CUDA calls the engine's GPUs: the trainer's own and the next ones of those that it sees.
+    Raises ConfigError where there are not so many."""
+    first = int(settings.device.partition(":")[2] or 0)
+    wanted = range(first, first + settings.tensor_parallel_size)
+    if not visible:
+        return [str(i) for i in wanted]
+    names = [name.strip() for name in visible.split(",")]
+    if wanted.stop > len(names):
+        raise ConfigError(
+            f"rollout.tensor_parallel_size={settings.tensor_parallel_size} from GPU {first} on "
+            f"needs {wanted.stop} GPUs, CUDA_VISIBLE_DEVICES={visible} has {len(names)}; set it "
+            "lower"
+        )
+    return [names[i] for i in wanted]
 
 
 def _open_log(path: Path) -> Any:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-GONE_LIMIT_S = 10.0  # a killed process gives its memory back before it is gone
+GONE_LIMIT_S = 60.0  # a killed process gives its memory back before it is gone, a GPU's slowly
 RESOURCE_TRACKER = b"multiprocessing.resource_tracker"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -153,6 +154,7 @@ class VLLMEngine:
         for name, dtype, shape in described:
             raw = torch.frombuffer(bytearray(message.arrays[name].tobytes()), dtype=torch.uint8)
             bucket[name] = raw.view(getattr(torch, dtype)).reshape(shape)
+        check_room(self.weights_dir, sum(tensor.nbytes for tensor in bucket.values()))
         number = len(list(self.weights_dir.iterdir()))
         save_file(bucket, self.weights_dir / f"bucket_{number:05d}.safetensors")
         return Message("ok")
@@ -183,8 +185,20 @@ class VLLMEngine:
         return Message("ok")
 
     def _wake(self, message: Message) -> Message:
-        self.llm.wake_up()
+        """Weights alone can be loaded and read back; vLLM generates once all is awake."""
+        self.llm.wake_up(tags=list(message.fields["parts"]))
         return Message("ok")
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises EngineRefusedError where a file of so many bytes does not fit."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise EngineRefusedError(
+            f"{folder} has room for {free >> 20} MiB, and the next bucket of weights has "
+            f"{needed >> 20} MiB; all weights must fit there: give the engine's node more shared "
+            "memory (docker run --shm-size), or set rollout.sync_transport=ipc on one GPU"
+        )
 
 
 def _logprobs(output: Any) -> list[float]:
@@ -197,6 +211,8 @@ def _set_environment(settings: EngineSettings) -> None:
     """vLLM reads these when it is imported and when it starts its processes."""
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"  # the model is a directory
+    # As on a CPU. A forked core would hold the trainer's connection open after its server's death.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     if settings.device == "cpu":
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = f"{settings.kv_cache_gb:g}"
     if settings.ipc:  # the handles are pickled by this run's own trainer

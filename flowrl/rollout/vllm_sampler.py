@@ -31,9 +31,12 @@ from flowrl.rollout.engine_protocol import (
     Message,
     WeightSyncError,
 )
+from flowrl.rollout.gpu_memory import release_cached
 from flowrl.rollout.noise import stream_keys
 from flowrl.rollout.weight_check import compare, sampled
 from flowrl.schema import require
+
+SLEEPERS = frozenset({"weights", "kv_cache"})  # vLLM's words for what sleeps
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class VLLMSampler:
         self.eos_ids = eos_ids(model_dir, tokenizer)
         self._expected = _tensor_names(model_dir)
         self._sent: list[tuple[str, Tensor]] | None = None  # kept where a restart needs it
-        self._is_asleep = False
+        self._asleep: frozenset[str] = frozenset()
         self._start = start
         self.host = start()
 
@@ -90,17 +93,20 @@ class VLLMSampler:
         return self._rollouts(rows, self._retried(lambda: self._generate(message), "generate"))
 
     def _generate(self, message: Message) -> Message:
-        self._wake(self.options.sync_timeout_s)
+        self._wake(SLEEPERS)
         reply = self.host.call(message, self.options.generate_timeout_s)
         if self.options.sleep:
             self.host.call(Message("sleep"), self.options.sync_timeout_s)
-            self._is_asleep = True
+            self._asleep = SLEEPERS
         return reply
 
-    def _wake(self, limit_s: float) -> None:
-        if self._is_asleep:
-            self.host.call(Message("wake"), limit_s)
-            self._is_asleep = False
+    def _wake(self, parts: frozenset[str]) -> None:
+        """Those of them that sleep, in the memory that the trainer is done with."""
+        sleeping = sorted(self._asleep & parts)
+        if sleeping:
+            release_cached()
+            self.host.call(Message("wake", {"parts": sleeping}), self.options.sync_timeout_s)
+            self._asleep -= parts
 
     def _options(self, request: SampleRequest) -> dict[str, Any]:
         return {
@@ -183,19 +189,20 @@ class VLLMSampler:
         def call(message: Message) -> Message:
             return self.host.call(message, max(0.0, deadline - time.monotonic()))
 
-        self._wake(self.options.sync_timeout_s)
+        self._wake(frozenset({"weights"}))
         call(Message("begin_weights"))
         names: set[str] = set()
         to_check: dict[str, Tensor] = {}
         stride = max(1, -(-len(self._expected) // self.options.checked_tensors))
         for bucket in _buckets(weights, self.options.bucket_bytes):
             for name, tensor in bucket:
-                if (len(names) + version) % stride == 0:
+                if tensor.ndim < 2 or (len(names) + version) % stride == 0:  # small, or its turn
                     to_check[name] = sampled(tensor, version).cpu()
                 names.add(name)
             device = self.options.ipc_device
-            if device is not None:  # the name keeps the memory alive until the answer
-                bucket = [(name, tensor.to(device)) for name, tensor in bucket]
+            if device is not None:  # copies, which live until the answer: a parameter that is
+                # itself exported would keep something of every export
+                bucket = [(name, tensor.to(device, copy=True)) for name, tensor in bucket]
             call(_file_message(bucket) if device is None else _ipc_message(bucket))
         self._check_names(names)
         reply = call(Message("end_weights", {"check": list(to_check), "version": version}))
@@ -236,8 +243,9 @@ class VLLMSampler:
             f"({self.restarts} of {self.options.restarts})",
             file=sys.stderr,
         )
+        release_cached()
         self.host = self._start()
-        self._is_asleep = False
+        self._asleep = frozenset()
 
 
 def eos_ids(model_dir: Path, tokenizer: Any) -> frozenset[int]:

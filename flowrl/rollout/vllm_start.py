@@ -20,6 +20,8 @@ from flowrl.rollout.vllm_sampler import SyncOptions, VLLMSampler
 from flowrl.rollout_config import RolloutConfig
 from flowrl.schema import require
 
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
 
 def build_vllm_sampler(
     config: Config, model_dir: Path, tokenizer: Any, parallel: Parallel
@@ -27,6 +29,7 @@ def build_vllm_sampler(
     """Raises ConfigError for settings that this device or this vLLM cannot have."""
     options, device = config.rollout, parallel.device
     check_device(options, device)
+    check_gpus(config, parallel)
     address = options.address_of(parallel.rank, parallel.world_size)
     settings = engine_settings(config, model_dir, device)
     sync = SyncOptions(
@@ -60,7 +63,7 @@ def engine_settings(config: Config, model_dir: Path, device: torch.device) -> En
     shares_gpu = not is_cpu and not is_elsewhere and options.tensor_parallel_size == 1
     transport = options.sync_transport
     if transport == "auto":
-        transport = "ipc" if shares_gpu else "files"
+        transport = "ipc" if shares_gpu and not _expands_segments() else "files"
     log = config.run_dir / "logs" / f"vllm_rank{os.environ.get('RANK', '0')}.log"
     return EngineSettings(
         model_dir=str(model_dir.resolve()),
@@ -74,9 +77,35 @@ def engine_settings(config: Config, model_dir: Path, device: torch.device) -> En
         kv_cache_gb=options.kv_cache_gb,
         enforce_eager=is_cpu if options.enforce_eager is None else options.enforce_eager,
         sleep=options.sleep,
-        quantization="fp8" if options.dtype == "fp8" else None,
+        quantization="fp8_per_tensor" if options.dtype == "fp8" else None,
         ipc=transport == "ipc",
     )
+
+
+def check_gpus(config: Config, parallel: Parallel) -> None:
+    """Raises ConfigError where an engine would take a GPU that another replica's has, or that is
+    not there. Tensor-parallel processes are neighbours; stages and replicas are not."""
+    wanted, device = config.rollout.tensor_parallel_size, parallel.device
+    if device.type != "cuda" or config.rollout.server_address:
+        return
+    require(
+        parallel.num_processes == 1 or wanted <= config.parallel.tensor,
+        f"an engine takes the GPUs of its replica's tensor-parallel processes, got "
+        f"rollout.tensor_parallel_size={wanted} and parallel.tensor={config.parallel.tensor}; set "
+        f"rollout.tensor_parallel_size={config.parallel.tensor}",
+    )
+    last, count = (device.index or 0) + wanted, torch.cuda.device_count()
+    require(
+        last <= count,
+        f"rollout.tensor_parallel_size={wanted} from {device} on needs {last} GPUs, this process "
+        f"sees {count}; set it lower",
+    )
+
+
+def _expands_segments() -> bool:
+    """Whether torch's allocator grows its segments, whose memory other processes may not map."""
+    settings = (os.environ.get(name, "") for name in ALLOCATOR_VARIABLES)
+    return any("expandable_segments:True" in text for text in settings)
 
 
 def check_device(options: RolloutConfig, device: torch.device) -> None:
@@ -92,6 +121,12 @@ def check_device(options: RolloutConfig, device: torch.device) -> None:
             "rollout.sync_transport=ipc needs trainer and engine on one GPU, got "
             f"rollout.tensor_parallel_size={options.tensor_parallel_size}; "
             "set rollout.sync_transport=files",
+        )
+        require(
+            options.sync_transport != "ipc" or not _expands_segments(),
+            "rollout.sync_transport=ipc cannot share memory of expandable segments; take "
+            f"expandable_segments out of {' and '.join(ALLOCATOR_VARIABLES)}, or set "
+            "rollout.sync_transport=files",
         )
         return
     for name, allowed in (

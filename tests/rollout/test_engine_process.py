@@ -1,16 +1,21 @@
 """Messages and engine processes without vLLM: what is sent arrives, and every wait has an end."""
 
+import dataclasses
 import json
 import socket
 import sys
 import threading
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from flowrl.parallel import Parallel
+from flowrl.parallel_config import ParallelConfig
 from flowrl.rollout.engine_process import ServerProcess
 from flowrl.rollout.engine_protocol import (
     EngineError,
@@ -22,8 +27,9 @@ from flowrl.rollout.engine_protocol import (
     send,
 )
 from flowrl.rollout.process_tree import group_members
+from flowrl.rollout.vllm_engine import check_room
 from flowrl.rollout.vllm_sampler import SyncOptions, VLLMSampler, eos_ids
-from flowrl.rollout.vllm_start import check_device
+from flowrl.rollout.vllm_start import check_device, check_gpus
 from flowrl.rollout.weight_check import columns, compare, fingerprint, sampled
 from flowrl.rollout_config import RolloutConfig
 from flowrl.schema import ConfigError
@@ -96,6 +102,29 @@ def test_an_engine_that_dies_leaves_its_exit_and_its_logs_tail(tmp_path):
         ServerProcess(settings(tmp_path), python, 30.0)
 
 
+@pytest.mark.parametrize(
+    ("visible", "gpus"),
+    [("", "1,2"), ("4,5,6,7", "5,6"), ("GPU-a, GPU-b, GPU-c", "GPU-b,GPU-c")],
+)
+def test_an_engine_sees_its_own_gpus_and_no_ranks(tmp_path, monkeypatch, visible, gpus):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for name in ("RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "a trainer's")
+    python = script(tmp_path, 'echo "<$CUDA_VISIBLE_DEVICES|$RANK|$TORCHELASTIC_RUN_ID>"; exit 7')
+    with pytest.raises(EngineError, match=rf"<{gpus}\|\|>"):
+        ServerProcess(on_two_gpus(tmp_path), python, 30.0)
+
+
+def on_two_gpus(tmp_path):
+    return dataclasses.replace(settings(tmp_path), device="cuda:1", tensor_parallel_size=2)
+
+
+def test_an_engine_never_takes_gpus_that_its_trainer_does_not_see(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    with pytest.raises(ConfigError, match="from GPU 1 on needs 3 GPUs"):
+        ServerProcess(on_two_gpus(tmp_path), script(tmp_path, "exit 7"), 30.0)
+
+
 def test_a_python_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="rollout.server_python"):
         ServerProcess(settings(tmp_path), str(tmp_path / "nowhere"), 30.0)
@@ -158,6 +187,83 @@ def test_an_engine_that_reads_nothing_back_is_not_trusted():
         compare({"w": torch.zeros(2, 2)}, [], 1)
 
 
+def test_weights_that_do_not_fit_are_refused_before_they_are_written(tmp_path):
+    check_room(tmp_path, 1)
+    with pytest.raises(EngineRefusedError, match="--shm-size"):
+        check_room(tmp_path, 1 << 60)
+
+
+class Recorder:
+    """An engine that takes whatever comes and writes down what it was asked."""
+
+    name = "recorder"
+
+    def __init__(self):
+        self.asked = []
+        self.held = {}
+
+    def call(self, message, limit_s):
+        self.asked.append(" ".join([message.op, *message.fields.get("parts", [])]))
+        if message.op == "weights":
+            for name, dtype, shape in message.fields["tensors"]:
+                raw = torch.from_numpy(message.arrays[name].copy())
+                self.held[name] = raw.view(getattr(torch, dtype)).reshape(shape)
+        if message.op == "end_weights":
+            self.checked = message.fields["check"]
+            version = message.fields["version"]
+            reports = [report(n, sampled(self.held[n], version)) for n in self.checked]
+            return Message("loaded", {"reports": reports})
+        if message.op == "generate":
+            count = len(message.arrays["seeds"])
+            ones = np.ones(count, np.int64)
+            return Message(
+                "generated", {}, {"lengths": ones, "tokens": ones, "logprobs": np.zeros(count)}
+            )
+        return Message("ok")
+
+    def log_tail(self):
+        return ""
+
+    def close(self):
+        pass
+
+
+def weights_of(tiny):
+    return load_file(tiny.path / "model.safetensors").items()
+
+
+def test_a_sleeping_engine_wakes_its_weights_for_them_and_its_cache_to_generate(
+    tiny_model, make_request
+):
+    tiny, engine = tiny_model("qwen3"), Recorder()
+    options = SyncOptions(1.0, 1.0, 1 << 20, 64, 0, sleep=True)
+    sampler = VLLMSampler(tiny.path, tiny.tokenizer, torch.float32, lambda: engine, options)
+    sampler.load_weights(weights_of(tiny), 0)
+    for version in (1, 2):
+        sampler.sample(make_request(tiny.prompts(["1+1="])))
+        sampler.load_weights(weights_of(tiny), version)
+    sync = ["begin_weights", "weights", "end_weights"]
+    assert engine.asked == [
+        *sync,
+        "generate", "sleep", "wake weights", *sync,
+        "wake kv_cache", "generate", "sleep", "wake weights", *sync,
+    ]  # fmt: skip
+
+
+def test_small_tensors_are_checked_at_every_transfer_and_matrices_in_turn(tiny_model):
+    """So that an engine that quantises its matrices always has something to show."""
+    tiny, engine = tiny_model("qwen3"), Recorder()
+    options = SyncOptions(1.0, 1.0, 1 << 20, checked_tensors=3, restarts=0)
+    sampler = VLLMSampler(tiny.path, tiny.tokenizer, torch.float32, lambda: engine, options)
+    small = {name for name, tensor in weights_of(tiny) if tensor.ndim < 2}
+    seen = set()
+    for version in range(12):
+        sampler.load_weights(weights_of(tiny), version)
+        assert small < set(engine.checked) < {name for name, _ in weights_of(tiny)}
+        seen |= set(engine.checked)
+    assert seen == {name for name, _ in weights_of(tiny)}
+
+
 # --- settings
 
 
@@ -184,6 +290,34 @@ def test_every_eos_of_the_model_stops_a_response(tmp_path, tiny_model):
 def test_settings_of_the_other_device_are_refused(device, options):
     with pytest.raises(ConfigError, match="rollout"):
         check_device(RolloutConfig(engine="vllm", **options), torch.device(device))
+
+
+def on_gpus(rollout, tensor=1, processes=1, index=0):
+    config = SimpleNamespace(
+        rollout=RolloutConfig(engine="vllm", **rollout), parallel=ParallelConfig(tensor=tensor)
+    )
+    replicas = processes // tensor
+    return config, Parallel(0, replicas, torch.device("cuda", index), model_size=tensor)
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        (on_gpus({"tensor_parallel_size": 2}, processes=8), "set rollout.tensor_parallel_size=1"),
+        (on_gpus({"tensor_parallel_size": 8}, 4, 8), "set rollout.tensor_parallel_size=4"),
+        (on_gpus({"tensor_parallel_size": 4}), "from cuda:0 on needs 4 GPUs"),
+    ],
+)
+def test_an_engine_on_another_replicas_gpus_is_refused(settings, remedy):
+    with pytest.raises(ConfigError, match=remedy):
+        check_gpus(*settings)
+
+
+def test_expandable_segments_are_not_shared(monkeypatch):
+    check_device(RolloutConfig(engine="vllm", sync_transport="ipc"), torch.device("cuda"))
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native,expandable_segments:True")
+    with pytest.raises(ConfigError, match="set rollout.sync_transport=files"):
+        check_device(RolloutConfig(engine="vllm", sync_transport="ipc"), torch.device("cuda"))
 
 
 def test_a_lost_engine_is_started_again_only_as_often_as_allowed(tmp_path, tiny_model):
