@@ -69,7 +69,11 @@ def run(device: torch.device, repeats: int, names: str) -> tuple[list[Any], dict
         except ValueError as reason:
             row.skipped = str(reason)
             continue
-        found = evaluate(batch, backend)
+        try:
+            found = evaluate(batch, backend)
+        except Exception as error:  # the other backends go on
+            row.fail(error)
+            continue
         row.errors = {
             name: float(f"{(found[name].double() - x).abs().max() / x.abs().max():.3g}")
             for name, x in truth.items()

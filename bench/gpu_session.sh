@@ -6,10 +6,12 @@
 #
 # WHEELS: folder of wheels (pytest and peers); each is installed on its own, without dependencies,
 # and one that does not install is noted and left out. The CUDA operators are built here with nvcc, a
-# C++ compiler and, among WHEELS, nvidia-cutlass, cmake, ninja and setuptools; without nvcc a library
-# that was built elsewhere (kernels/flowrl_kernels/_C.abi3.so) is taken as it is.
-# PART: build tests fp8 cuda sanitize aot cuda_code tune forward_7b forward_32b logprobs_7b loss_7b
-# loss_32b loss_peaked balance; without any, all. Each part ends within 10 minutes.
+# C++ compiler and, here or among WHEELS, nvidia-cutlass, cmake, ninja and setuptools >= 77; without
+# nvcc or CUTLASS a library that was built elsewhere (kernels/flowrl_kernels/_C.abi3.so) is taken as
+# it is.
+# PART: build tests cuda tune forward_7b forward_7b_1024 forward_7b_9000 forward_32b logprobs_7b
+# loss_7b loss_32b loss_peaked balance sanitize racecheck aot cuda_code; without any, all. Each part
+# ends within 10 minutes; the last two need no GPU.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 if [ $# -lt 1 ]; then
@@ -22,16 +24,15 @@ wheels=${2:-}
 shift $(($# > 1 ? 2 : 1))
 parts=("$@")
 if [ ${#parts[@]} = 0 ]; then
-  parts=(build tests fp8 cuda sanitize aot cuda_code tune forward_7b forward_32b logprobs_7b loss_7b
-    loss_32b loss_peaked balance)
+  parts=(build tests cuda tune forward_7b forward_7b_1024 forward_7b_9000 forward_32b logprobs_7b
+    loss_7b loss_32b loss_peaked balance sanitize racecheck aot cuda_code)
 fi
 python=${PYTHON:-python3}
 cd "$root" || exit 1
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
-export PYTHONPATH="$root/kernels:$root:$root/tests:$root/tests/kernels:$site${PYTHONPATH:+:$PYTHONPATH}"
-export PATH="$site/bin:$PATH"
-unset TRITON_INTERPRET
+export PYTHONPATH="$root/kernels:$root:$root/tests:$root/tests/kernels${PYTHONPATH:+:$PYTHONPATH}"
+unset TRITON_INTERPRET TORCH_ALLOW_TF32_CUBLAS_OVERRIDE # float32 products in float32
 
 note() { echo "$*" | tee -a "$out/summary.txt"; }
 
@@ -41,15 +42,17 @@ if ! "$python" -c 'import sys, torch, triton; sys.exit(not torch.cuda.is_availab
 fi
 if [ -n "$wheels" ]; then
   for wheel in "$wheels"/*.whl; do
-    "$python" -m pip install -q --no-index --no-deps --target "$site" "$wheel" \
+    target="$site/$(basename "$wheel" .whl)" # one each: pip does not merge their bin/
+    "$python" -m pip install -q --no-index --no-deps --target "$target" "$wheel" \
       >>"$out/install.log" 2>&1 || note "left out, does not install: $(basename "$wheel")"
+    export PYTHONPATH="$PYTHONPATH:$target" PATH="$target/bin:$PATH"
   done
 fi
 
 run() { # part, command: at most 590 seconds, the log kept, the others go on
   local name=$1 start=$SECONDS
   shift
-  timeout 590 "$@" >"$out/$name.log" 2>&1
+  timeout -k 10 590 "$@" >"$out/$name.log" 2>&1
   local status=$?
   note "$name: exit $status after $((SECONDS - start)) s"
   tail -n 40 "$out/$name.log" >>"$out/summary.txt"
@@ -67,10 +70,17 @@ test_files() { # part, pytest options; under the program in $under, if any
   if "$python" -c 'import pytest' 2>/dev/null; then
     # shellcheck disable=SC2086
     run "$name" ${under:-} "$python" -m pytest -q -c /dev/null --rootdir "$root" --noconftest \
-      -p no:cacheprovider "$@"
+      -p no:cacheprovider --maxfail=10 -o faulthandler_timeout=120 "$@"
   else
     note "$name: skipped, no pytest (put pytest, pluggy and iniconfig into WHEELS)"
   fi
+}
+
+each_file() { # tests of this name, each file in a process of its own: after an error of a kernel
+  # all that follows in its process fails
+  for file in "$root"/tests/kernels/"$1"_*.py; do
+    test_files "$(basename "$file" .py)" "$file"
+  done
 }
 
 has_cuda() { # part: whether the CUDA operators are built; a note if not
@@ -80,32 +90,39 @@ if p: raise SystemExit(f"cuda {p}")' >"$out/$1.log" 2>&1 && return
   return 1
 }
 
+sanitize() { # part, tests, options of compute-sanitizer: this project's kernels alone, and without
+  # torch's pool of memory, in which an access out of bounds hits a neighbour and is not seen
+  local name=$1 tests=$2
+  shift 2
+  if ! command -v compute-sanitizer >/dev/null; then
+    note "$name: skipped, no compute-sanitizer"
+  elif has_cuda "$name"; then
+    under="compute-sanitizer $* --kernel-regex kns=flowrl --error-exitcode 9" \
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+      test_files "$name" "$root"/tests/kernels/on_cuda_*.py -k "$tests"
+  fi
+}
+
 for part in "${parts[@]}"; do
   case $part in
     build)
-      if command -v nvcc >/dev/null; then
-        FLOWRL_BUILD_NATIVE=1 run build "$python" setup.py build_ext --inplace
-      else
+      if ! command -v nvcc >/dev/null; then
         note "build: skipped, no nvcc"
+      elif ! "$python" -c 'import cutlass_library' 2>/dev/null; then
+        note "build: skipped, no CUTLASS (put nvidia-cutlass into WHEELS)"
+      else
+        FLOWRL_BUILD_NATIVE=1 run build "$python" setup.py build_ext --inplace
       fi
       ;;
-    cuda) has_cuda cuda && test_files cuda "$root"/tests/kernels/on_cuda_*.py ;;
-    sanitize)
-      if ! command -v compute-sanitizer >/dev/null; then
-        note "sanitize: skipped, no compute-sanitizer"
-      elif has_cuda sanitize; then
-        under="compute-sanitizer --error-exitcode 9" test_files sanitize \
-          "$root"/tests/kernels/on_cuda_*.py -k "error_budget and (65 or bound or 100)"
-        under="compute-sanitizer --tool racecheck --error-exitcode 9" test_files racecheck \
-          "$root"/tests/kernels/on_cuda_*.py -k "error_budget and (193-129 or bound1)"
-      fi
-      ;;
-    tests) test_files tests "$root"/tests/kernels/on_triton_*.py ;;
-    fp8) test_files fp8 "$root"/tests/kernels/on_triton_fp8.py -rA ;;
+    cuda) has_cuda cuda && each_file on_cuda ;;
+    sanitize) sanitize sanitize "error_budget and (65 or bound or 100)" ;;
+    racecheck) sanitize racecheck "error_budget and (193-129 or bound1)" --tool racecheck ;;
+    tests) each_file on_triton ;;
     aot) bench aot aot ;;
     cuda_code) has_cuda cuda_code && bench cuda_code cuda_code ;;
     tune) bench tune tune --shape qwen2.5-7b ;;
     forward_7b) bench forward_7b linear_logprobs --shape qwen2.5-7b --pass forward ;;
+    forward_7b_*) bench "$part" linear_logprobs --shape "${part##*_}x3584x152064" --pass forward ;;
     forward_32b) bench forward_32b linear_logprobs --shape qwen2.5-32b --pass forward ;;
     logprobs_7b) bench logprobs_7b linear_logprobs --shape qwen2.5-7b ;;
     loss_7b) bench loss_7b policy_loss --shape qwen2.5-7b ;;

@@ -144,8 +144,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         record |= {"gpu": properties.name, "cuda": torch.version.cuda}
         query = ["nvidia-smi", "--query-gpu=clocks.max.sm,driver_version", "--format=csv,noheader"]
-        found = subprocess.run(query, capture_output=True, text=True, check=False)
-        record["gpu_clock_and_driver"] = found.stdout.strip().split("\n")[0]
+        record["gpu_clock_and_driver"] = _output(query).split("\n")[0]
     return record
 
 
@@ -166,5 +165,12 @@ def _cpu_name() -> str:
 def _commit() -> str:
     root = Path(__file__).parent.parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return _output(command)
+
+
+def _output(command: list[str]) -> str:
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no such program here
+        return "unknown"
     return found.stdout.strip() or "unknown"

@@ -38,6 +38,14 @@ class Row:
     tflops: float | None = None
     of_gemm: float | None = None
 
+    def fail(self, error: Exception) -> None:
+        """A peer's failure is its own; one of ours is wrong, and `main` says so."""
+        text = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+        if self.provider.startswith("flowrl"):
+            self.wrong = text
+        else:
+            self.skipped = text
+
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -129,14 +137,12 @@ def attempt(
     except Unavailable as reason:
         row.skipped = str(reason)
         return None
-    # A peer may fail in any way, also inside its compiler: its row says so, the others go on.
+    # Anything may fail in any way, also inside its compiler: its row says so, the others go on.
     except Exception as error:
-        if row.provider.startswith("flowrl"):
-            raise
-        row.skipped = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        row.fail(error)
         return None
     row.errors = {k: float(f"{v:.3g}") for k, v in errors(truth, found).items()}
-    row.wrong = refusal(row.errors, problem.hidden.dtype)
+    row.wrong = refusal(row.errors, problem.hidden.dtype, provider.limits == "inexact")
     return None if row.wrong else step
 
 

@@ -39,10 +39,15 @@ struct HeadGemm {
          static_cast<const Element*>(call.weight), stride(call.weight_stride)},
         call,
         hardware};
-    // Sixteen blocks of rows at a time, along the vocabulary: the rows stay in L2 while the weight
-    // passes by once.
-    arguments.scheduler.max_swizzle_size = 8;
-    arguments.scheduler.raster_order = decltype(arguments.scheduler.raster_order)::AlongN;
+    using Order = decltype(arguments.scheduler.raster_order);
+    const auto blocks = [](int64_t count, int tile) { return (count + tile - 1) / tile; };
+    const bool rows_stay =
+        int64_t{call.num_rows} * call.dim * int64_t{sizeof(Element)} <= kRowBytesInL2;
+    arguments.scheduler.raster_order = rows_stay ? Order::AlongM : Order::AlongN;
+    arguments.scheduler.max_swizzle_size =
+        rows_stay ? 1
+                  : swizzle(blocks(call.num_rows, cute::size<0>(typename Tiles::Shape{})),
+                            blocks(call.num_columns, cute::size<1>(typename Tiles::Shape{})));
     Device device;
     cutlass::Status status = device.can_implement(arguments);
     if (status == cutlass::Status::kSuccess) status = device.initialize(arguments, nullptr, stream);

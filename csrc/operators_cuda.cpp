@@ -40,7 +40,7 @@ void* matrix(const Tensor& tensor, ScalarType type, int64_t rows, int64_t column
                   name, " must be (", rows, ", ", columns,
                   ") of the operator's dtype with contiguous rows; call flowrl_kernels' public"
                   " operators");
-  STD_TORCH_CHECK(rows == 0 || (reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
+  STD_TORCH_CHECK(rows == 0 || columns == 0 || (reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
                                 tensor.stride(0) % alignment == 0),
                   name, " must have rows at multiples of 16 bytes, got a stride of ",
                   tensor.stride(0), " numbers; copy it");

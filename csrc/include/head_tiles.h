@@ -26,6 +26,33 @@ struct E4m3Tiles {
 // Two blocks, one above the other, load their columns of the weight once for both.
 using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
 
+// How tiles are taken, so that the weight passes by once for as many rows as L2 holds.
+//
+// Rows that all stay in L2: a column of tiles after the other. More of them: groups of
+// max_swizzle_size clusters of row blocks, each along the vocabulary. CUTLASS rounds row blocks up to
+// whole groups, columns of tiles too, and multiplies what is beyond the last row for nothing: the
+// largest group that costs no more than a sixteenth.
+constexpr int64_t kRowBytesInL2 = int64_t{32} << 20;
+
+constexpr int64_t round_up(int64_t count, int64_t multiple) {
+  return (count + multiple - 1) / multiple * multiple;
+}
+
+constexpr int swizzle(int64_t row_blocks, int64_t column_blocks) {
+  const int64_t cluster = cute::size<0>(Cluster{});
+  const int64_t least = round_up(row_blocks, cluster) * column_blocks;
+  for (int size = 8; size > 1; size /= 2) {
+    const int64_t blocks = round_up(row_blocks, size * cluster) * round_up(column_blocks, size);
+    if (blocks - least <= least / 16) return size;
+  }
+  return 1;
+}
+
+static_assert(swizzle(64, 792) == 8, "T 8192");
+static_assert(swizzle(65, 792) == 2, "T 8200: 68 instead of 66 blocks of rows, with 8 it were 80");
+static_assert(swizzle(17, 792) == 1, "T 2100: with 8 it were 32 instead of 18");
+static_assert(swizzle(128, 99) == 8, "a shard of the vocabulary");
+
 template <class Tiles>
 using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp,

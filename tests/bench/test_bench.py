@@ -104,6 +104,8 @@ def test_the_gate_refuses_a_wrong_provider(wrong, change):
     good = providers("linear_logprobs", True)["torch"]
 
     class Wrong:
+        limits = ""
+
         def step(self, *arguments):
             step = good.step(*arguments)
 
@@ -120,7 +122,7 @@ def test_the_gate_refuses_a_wrong_provider(wrong, change):
         assert (row.wrong is None) == passes
 
 
-def test_a_peer_that_breaks_is_skipped_and_ours_is_not():
+def test_a_peer_that_breaks_is_skipped_and_ours_is_wrong():
     problem = problems.make(TINY, torch.float32, CPU, "random")
     truth = problems.solve(problem, mean=True)
 
@@ -136,9 +138,31 @@ def test_a_peer_that_breaks_is_skipped_and_ours_is_not():
         assert run.attempt(row, provider, "linear_logprobs", True, problem, truth) is None
         assert row.skipped is not None
         assert reason in row.skipped
-    provider = Provider("flowrl x", "logprobs", broken)
-    with pytest.raises(RuntimeError, match="no such kernel"):
-        run.attempt(run.Row("flowrl x"), provider, "linear_logprobs", True, problem, truth)
+    provider, row = Provider("flowrl x", "logprobs", broken), run.Row("flowrl x")
+    assert run.attempt(row, provider, "linear_logprobs", True, problem, truth) is None
+    assert row.skipped is None
+    assert row.wrong == "RuntimeError: no such kernel"
+
+
+def test_only_what_says_that_it_is_inexact_has_a_wider_gate():
+    problem = problems.make(TINY, torch.bfloat16, CPU, "random")
+    truth = problems.solve(problem, mean=True)
+    good = _naive_off_by(0.5)
+    for limits, passes in (("", False), ("inexact", True)):
+        row, provider = run.Row("x"), Provider("x", "logprobs", good, limits)
+        step = run.attempt(row, provider, "linear_logprobs", False, problem, truth)
+        assert (step is not None) == passes
+
+
+def _naive_off_by(shift):
+    def make(device, problem):
+        def head(hidden, weight, targets):
+            logprobs = (hidden.float() @ weight.float().T).log_softmax(-1)
+            return logprobs.gather(1, targets[:, None])[:, 0] + shift
+
+        return head
+
+    return make
 
 
 def test_extra_memory_is_seen():

@@ -116,6 +116,23 @@ def test_e_is_relative_to_its_tile_and_stays_in_its_columns(columns):
     assert (buffer[:, columns:] == 7).all()
 
 
+def test_a_rank_with_no_column_of_the_vocabulary():
+    """Of tensor-parallel ranks the last may hold padding alone."""
+    case = bfloat16(case_here(40, 1, 64, masked=0))
+    nothing = torch.empty(40, 0, dtype=BF16, device=DEVICE)
+    stream = cuda_support.stream_of(nothing)
+    row_max, sum_exp, target, _, tile_max = OPERATORS.head_statistics(
+        case.hidden, case.weight[:0], case.targets, nothing, None, None, 1.0, 1, stream
+    )
+    assert tile_max.shape == (0, 40)
+    assert (row_max == -torch.inf).all()
+    assert (sum_exp == 0).all()
+    assert (target == -torch.inf).all()
+    OPERATORS.head_dlogits_(
+        nothing, tile_max, row_max, row_max, row_max, None, row_max, case.targets, stream
+    )
+
+
 def test_repeats_are_bitwise():
     case = case_here(300, 5000, 64, size=2)
     options = {"backend": "cuda", "max_logits_bytes": 5000 * 2 * 130}
@@ -201,7 +218,9 @@ def test_ranks_equal_one(tmp_path, world):
 
 
 def rounded(x: Tensor) -> Tensor:
-    scale = (x.float().abs().amax(1, keepdim=True)).clamp(min=1e-30) / 448
+    # By a tensor of its device: CUDA multiplies by the reciprocal of a Python number.
+    largest = torch.full((), 448.0, device=x.device)
+    scale = (x.float().abs().amax(1, keepdim=True)).clamp(min=1e-30) / largest
     return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).double() * scale.double()
 
 

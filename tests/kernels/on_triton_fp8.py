@@ -15,7 +15,9 @@ __all__ = ["nan_in_new_memory"]
 
 
 def emulated_rounding(x: Tensor) -> Tensor:
-    scale = (x.float().abs().amax(1, keepdim=True) / 448).clamp(min=1e-30 / 448)
+    # By a tensor of its device: CUDA multiplies by the reciprocal of a Python number.
+    largest = torch.full((), 448.0, device=x.device)
+    scale = (x.float().abs().amax(1, keepdim=True) / largest).clamp(min=1e-30 / 448)
     quantized = (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
     return quantized.double() * scale.double()
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flowrl_kernels.checks import IGNORE_INDEX
 from flowrl_kernels.head import Head, HeadKernels, Products
+from flowrl_kernels.head.products import is_mixed
 from flowrl_kernels.head.vocab_parallel import sum_over_ranks_
 
 # The default of max_logits_bytes. CPU: the products reach their full rate from about 256 rows of
@@ -90,6 +91,8 @@ class HeadGradients:
 
     def add(self, rows: Rows, dlogits: Tensor) -> None:
         """dlogits (n, V_valid) of `rows`; the rows of d(hidden) are set, d(weight) is added to."""
+        if is_mixed(self._hidden.dtype, self._hidden.device):
+            dlogits = dlogits.to(self._hidden.dtype)  # once for both products
         if self._dhidden is not None:
             found = self._products.dhidden(dlogits, self._head.weight)
             self._dhidden[rows] = found.to(self._dhidden.dtype)

@@ -21,7 +21,8 @@ def logits_(out: Tensor, hidden: Tensor, weight: Tensor, scale: float) -> None:
     """out (n, V) = scale * hidden (n, D) @ weight (V, D).T"""
     if _mixed(weight, out):
         torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
-        out.mul_(scale)
+        if scale != 1:
+            out.mul_(scale)
         return
     hidden = hidden.to(out.dtype)
     for columns, tile in _tiles(weight, out.dtype):

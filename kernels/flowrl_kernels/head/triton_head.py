@@ -18,7 +18,7 @@ from flowrl_kernels.head.triton_kernels import (
     _merge_kernel,
     _quantize_rows_kernel,
 )
-from flowrl_kernels.triton_support import interpreting
+from flowrl_kernels.triton_support import interpreting, launch
 
 FP8 = torch.float8_e4m3fn
 
@@ -111,7 +111,10 @@ def head_statistics(
     if num_rows and num_columns:
         tma = allows_tma(hidden) and allows_tma(weight)
         blocks = ceil_div(num_rows, tiles.block_t) * num_tiles_v
-        _head_fwd_kernel[(min(blocks, num_programs(weight.device)),)](
+        launch(
+            hidden,
+            _head_fwd_kernel,
+            min(blocks, num_programs(weight.device)),
             _operand(hidden, tma, tiles.block_t, tiles.block_d),
             _operand(weight, tma, tiles.block_v, tiles.block_d),
             hidden_scale,
@@ -153,7 +156,10 @@ def merge(
     row_max, sum_exp = torch.empty_like(target), torch.empty_like(target)
     sum_exp_z = torch.empty_like(target) if entropy else target.new_empty(0)
     if num_rows:
-        _merge_kernel[(ceil_div(num_rows, MERGE["BLOCK_T"]),)](
+        launch(
+            target,
+            _merge_kernel,
+            ceil_div(num_rows, MERGE["BLOCK_T"]),
             tile_max,
             partial_sums[0],
             partial_sums[1] if entropy else None,
@@ -195,7 +201,10 @@ def head_dlogits_(
     num_rows, num_columns = out.shape
     if num_rows == 0 or num_columns == 0:
         return
-    _dlogits_kernel[(ceil_div(num_rows, DLOGITS["BLOCK_R"]) * tile_max.shape[0],)](
+    launch(
+        out,
+        _dlogits_kernel,
+        ceil_div(num_rows, DLOGITS["BLOCK_R"]) * tile_max.shape[0],
         out,
         tile_max,
         row_max.contiguous(),
@@ -218,9 +227,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     quantized = torch.empty(x.shape, dtype=FP8, device=x.device)
     scale = torch.empty(x.shape[:1], dtype=torch.float32, device=x.device)
     if x.shape[0]:
-        _quantize_rows_kernel[(x.shape[0],)](
-            x, quantized, scale, x.shape[1], x.stride(0), **QUANTIZE
-        )
+        args = (x, quantized, scale, x.shape[1], x.stride(0))
+        launch(x, _quantize_rows_kernel, x.shape[0], *args, **QUANTIZE)
     return quantized, scale
 
 

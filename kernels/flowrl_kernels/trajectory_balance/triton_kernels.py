@@ -7,8 +7,6 @@ program that finishes last, in the order of the sequences: the loss repeats bit 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from flowrl_kernels.trajectory_balance.contract import TrajectoryBalance, WeightBound
 from flowrl_kernels.trajectory_balance.torch_packed import backward, keep_gradients, outputs_like
-from flowrl_kernels.triton_support import interpreting
+from flowrl_kernels.triton_support import interpreting, launch
 
 BLOCK_TOKENS = 1024
 BLOCK_SEQUENCES = 256
@@ -186,8 +184,10 @@ def trajectory_balance_triton(
     mask = None if response_mask is None else response_mask.contiguous().view(torch.uint8)
     terms = logprobs.new_empty(num_sequences, dtype=torch.float64)
     arrived = cu_seqlens.new_zeros(1, dtype=torch.int32)
-    kernel: Any = _trajectory_balance_kernel
-    kernel[(num_sequences,)](
+    launch(
+        logprobs,
+        _trajectory_balance_kernel,
+        num_sequences,
         logprobs.contiguous(),
         None if old_logprobs is None else old_logprobs.contiguous(),
         ref_logprobs.contiguous(),
