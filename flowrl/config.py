@@ -104,8 +104,9 @@ class ModelConfig:
     """Recompute each layer's activations in backward (hf; megatron: parallel.recompute)."""
     fp8: Literal["off", "hybrid", "e4m3"] = "off"
     """FP8 products in the layers, with Transformer Engine; never in the log-prob head."""
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
-    """How FP8 scales are found: from earlier steps, or from the tensor at hand."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """How FP8 scales are found: from the tensor at hand, from blocks of it, or (delayed) from
+    earlier updates, without scales in the first one and in the first after a resume."""
     liger: bool = False
     """Norms, rotary embedding and SwiGLU of policy and reference by liger-kernel, on CUDA."""
 

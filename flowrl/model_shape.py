@@ -189,6 +189,23 @@ def _rotary(given: Mapping[str, Any], where: str) -> tuple[float, float | None]:
     return theta, float(rope["factor"])
 
 
+def check_fp8(shape: ModelShape, parallel: ParallelConfig) -> None:
+    """Raises ConfigError where a matrix of a tensor rank has a side that FP8 products do not take:
+    they want multiples of 16."""
+    sides = {
+        "hidden_size": shape.hidden_size,
+        "attention heads * head_dim": shape.queries_width // parallel.tensor,
+        "queries, keys and values": (shape.queries_width + 2 * shape.keys_width) // parallel.tensor,
+        "intermediate_size": shape.intermediate_size // parallel.tensor,
+    }
+    for name, side in sides.items():
+        require(
+            side % 16 == 0,
+            f"FP8 products take sides that 16 divides, got {name} of {side} on each of "
+            f"{parallel.tensor} tensor ranks; set model.fp8=off or a lower parallel.tensor",
+        )
+
+
 def check_split(shape: ModelShape, parallel: ParallelConfig) -> None:
     """Raises ConfigError where the model does not divide over the ranks of [parallel]."""
     common = math.gcd(shape.num_heads, shape.num_kv_heads, shape.intermediate_size)

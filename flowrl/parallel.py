@@ -117,6 +117,11 @@ class Parallel:
         if self.num_processes > 1:
             dist.barrier()
 
+    def model_barrier(self) -> None:
+        """Waits for the other processes of this replica."""
+        if self.model_size > 1:
+            dist.barrier(group=self.model_group)
+
     def share(self, count: int) -> slice:
         """This replica's contiguous share of `count` things; world_size must divide it."""
         size, rest = divmod(count, self.world_size)
@@ -138,7 +143,7 @@ def start(
     one rank may wait for its engine while the others wait for it. Raises ConfigError for a device
     that is not there, and for processes that do not make whole replicas."""
     layout = layout or ParallelConfig()
-    timeout = timedelta(seconds=max(WAIT_S, engine_wait_s + MARGIN_S))
+    timeout = longest_wait(engine_wait_s)
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("model.device=cuda, but torch sees no CUDA device; set model.device=auto")
     use_cuda = device != "cpu" and torch.cuda.is_available()
@@ -164,6 +169,11 @@ def _own_gpu(local_rank: int, visible: int) -> int:
             "as many with torchrun --nproc-per-node"
         )
     return local_rank
+
+
+def longest_wait(engine_wait_s: float) -> timedelta:
+    """For another rank, which may wait so long for its engine."""
+    return timedelta(seconds=max(WAIT_S, engine_wait_s + MARGIN_S))
 
 
 def num_processes() -> int:

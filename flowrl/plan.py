@@ -76,7 +76,7 @@ class Plan:
     parameters_per_process: int  # on the fullest stage
     replicas: int
     memory: Memory
-    host_bytes: float  # per process, of a reference that changes places
+    host: dict[str, float]  # bytes of host memory per process
     tokens_per_step: float
     flops: dict[str, float]  # of one step, by pass
     step_s: float  # at peak rates, without waiting
@@ -105,7 +105,7 @@ def make_plan(config: Config, shape: ModelShape, given: Assumptions) -> Plan:
         parameters_per_process=max(_stage_parameters(config, shape)),
         replicas=replicas,
         memory=memory,
-        host_bytes=_host_bytes(config, shape, given),
+        host=_host_bytes(config, shape, given),
         tokens_per_step=float(sequences * mean),
         flops=flops,
         step_s=(slow / gpu.bf16_flops + fast / gpu.fp8_flops) / given.num_gpus,
@@ -180,12 +180,16 @@ def _training_bytes(
     shard = math.ceil(shape.vocab_size / config.parallel.tensor)
     rows = config.batch.tokens_per_microbatch
     head_gradient = 4 * shard * shape.hidden_size
+    # Transformer Engine keeps each matrix in FP8, and once more transposed.
+    layers = shape.num_layers * shape.layer_matrices / config.parallel.model_size
+    fp8_copies = 2 * layers * (1 + copies) if config.model.fp8 != "off" else 0
     kept = {
         "weights": weights,
         "gradients (float32)": 4 * count,
         "optimizer, this replica's share": moments,
         "log Z head with its optimizer": head,
         "reference policy": width * count if copies else 0,
+        "FP8 copies of matrices": fp8_copies,
         "reserve for CUDA and NCCL (estimate)": RESERVE_BYTES,
     }
     passing = {
@@ -222,11 +226,17 @@ def _activation_bytes(config: Config, shape: ModelShape, width: int) -> float:
     return layer * per_stage * in_flight
 
 
-def _host_bytes(config: Config, shape: ModelShape, given: Assumptions) -> float:
-    if "ref" not in given.needs or config.parallel.reference == "copy":
-        return 0.0
+def _host_bytes(config: Config, shape: ModelShape, given: Assumptions) -> dict[str, float]:
+    if config.model.backend != "megatron":
+        return {}
     width = 2 if config.model.dtype == "bfloat16" else 4
-    return 2.0 * width * max(_stage_parameters(config, shape))  # the reference, and the policy
+    count = max(_stage_parameters(config, shape))
+    swaps = "ref" in given.needs and config.parallel.reference == "swap"
+    return {
+        "reference, and the policy in its place": 2.0 * width * count * swaps,
+        "a sleeping engine's weights": engine_weights(config, shape) * config.rollout.sleep,
+        "weights and moments, while a checkpoint is written": 12.0 * count,
+    }
 
 
 def _sampling_bytes(config: Config, shape: ModelShape, given: Assumptions) -> dict[str, float]:

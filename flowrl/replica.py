@@ -31,13 +31,13 @@ class ReplicaSampler:
         parallel.once(keep)
 
     def sample(self, request: SampleRequest) -> list[Rollout]:
-        release_cached()  # an engine may be on the GPUs of all these processes
+        self._release()
         return self._parallel.once(lambda: self._own.sample(request))
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         """`weights` comes from a collective of the replica, so every process goes through it to the
         end, also where the sampler refuses one."""
-        release_cached()
+        self._release()
         stream = iter(weights)
         failed: list[Exception] = []
         if self._sampler is not None:
@@ -52,6 +52,12 @@ class ReplicaSampler:
     def close(self) -> None:
         if self._sampler is not None:
             self._sampler.close()
+
+    def _release(self) -> None:
+        """An engine may wake on the GPUs of all these processes: all of them give back first what
+        torch holds in reserve."""
+        release_cached()
+        self._parallel.model_barrier()
 
     @property
     def _own(self) -> Sampler:

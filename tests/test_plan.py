@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flowrl.cli import main
-from flowrl.model_shape import check_split, read_shape, shape_names, shape_of
+from flowrl.model_shape import check_fp8, check_split, read_shape, shape_names, shape_of
 from flowrl.parallel_config import ParallelConfig
 from flowrl.plan import Assumptions, _stage_parameters, make_plan, remedies
 from flowrl.schema import ConfigError
@@ -53,12 +53,24 @@ def test_the_processes_of_a_replica_hold_the_model_together():
 def test_what_does_not_fit_names_a_setting_that_does():
     shape, config = read_shape("qwen2.5-32b"), load("qwen2.5_32b_math")
     assert make_plan(config, shape, GIVEN).fits
-    awake = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, sleep=False))
+    always = dataclasses.replace(config.rollout, sleep=False, gpu_memory_utilization=0.5)
+    awake = dataclasses.replace(config, rollout=always)
     layout = dataclasses.replace(config.parallel, tensor=4)
     wide = dataclasses.replace(config, parallel=layout)
     for changed, remedy in ((awake, "rollout.sleep=true"), (wide, "parallel.tensor=8")):
         assert not make_plan(changed, shape, GIVEN).fits
         assert remedy in list(remedies(changed, shape, GIVEN))
+
+
+def test_host_memory_and_fp8_copies_are_listed():
+    shape, config = read_shape("qwen2.5-32b"), load("qwen2.5_32b_math")
+    plan = make_plan(config, shape, GIVEN)
+    count = plan.parameters_per_process
+    assert sum(plan.host.values()) == (4 + 12) * count + 2 * shape.num_parameters / 8
+    eight = load("qwen2.5_32b_math", {"model": {"fp8": "hybrid"}})
+    matrices = shape.num_layers * shape.layer_matrices / 8
+    more = make_plan(eight, shape, GIVEN).memory.peak - plan.memory.peak
+    assert more == pytest.approx(2 * matrices)
 
 
 def test_operations_are_six_per_parameter_and_token_and_the_attentions():
@@ -160,6 +172,14 @@ def test_known_bad_layouts_are_refused_with_the_remedy(settings, message):
 def test_settings_that_nothing_would_read_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         load("countdown_cpu", settings)
+
+
+def test_matrices_that_fp8_does_not_take_are_refused():
+    check_fp8(read_shape("qwen2.5-7b"), ParallelConfig(tensor=4))
+    check_fp8(read_shape("qwen2.5-32b"), ParallelConfig(tensor=8))
+    narrow = dataclasses.replace(read_shape("qwen2.5-7b"), intermediate_size=18944 + 32)
+    with pytest.raises(ConfigError, match="intermediate_size of 4744 on each of 4"):
+        check_fp8(narrow, ParallelConfig(tensor=4))
 
 
 def test_processes_that_make_no_whole_replica_are_refused():

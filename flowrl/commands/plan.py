@@ -119,7 +119,7 @@ def _engine_rows(config: Config, shape: ModelShape) -> dict[str, str]:
 
 def _memory_table(plan: Plan, capacity: float) -> Table:
     memory = plan.memory
-    rows = {name: _gb(size) for name, size in memory.kept.items()}
+    rows = {name: _gb(size) for name, size in memory.kept.items() if size}
     rows |= {f"training: {name}": _gb(size) for name, size in memory.passing.items()}
     rows |= {f"sampling: {name}": _gb(size) for name, size in memory.sampling.items()}
     rows["sum while training" + (" (the engine sleeps)" if memory.sleeps else "")] = _gb(
@@ -127,8 +127,7 @@ def _memory_table(plan: Plan, capacity: float) -> Table:
     )
     rows["sum while sampling"] = _gb(memory.while_sampling)
     rows["memory of the GPU"] = _gb(capacity)
-    if plan.host_bytes:
-        rows["host memory, per process (reference and policy change places)"] = _gb(plan.host_bytes)
+    rows |= {f"host, per process: {name}": _gb(size) for name, size in plan.host.items() if size}
     return _table("memory on the fullest process", rows)
 
 

@@ -53,8 +53,8 @@ class LogZHead(nn.Module):
             lengths = (lengths - 1).clamp(min=1)  # a prompt of one token keeps it
         starts = batch.model_cu_seqlens[:-1].long()
         rows = starts.repeat_interleave(lengths) + ragged_arange(lengths)
-        owner = torch.arange(lengths.numel(), device=hidden.device).repeat_interleave(lengths)
-        sums = hidden.new_zeros(lengths.numel(), hidden.shape[1]).index_add(0, owner, hidden[rows])
+        # Not index_add, whose order of terms CUDA chooses: tensor ranks must agree bit by bit.
+        sums = torch.segment_reduce(hidden[rows], "sum", lengths=lengths, axis=0, unsafe=True)
         return sums / lengths.unsqueeze(1)
 
 

@@ -50,7 +50,7 @@ class MegatronBackend:
         self.policy_version = 0
         self.reference_version = 0
         self.dtype = getattr(torch, config.model.dtype)
-        with on_cpu():
+        with on_cpu(self.parallel.device):
             self.policy = SplitPolicy(config, model_dir, needs, parallel)
             self.optimizer = PolicyOptimizer(self.policy.chunks, config)
 
@@ -64,7 +64,7 @@ class MegatronBackend:
             self._scores_job(batch.to(self.parallel.device), reference, entropy)
             for batch in batches
         ]
-        with on_cpu():
+        with on_cpu(self.parallel.device):
             if reference:
                 found = self.policy.with_reference(lambda chunks: self._run(chunks, jobs, True))
             else:
@@ -96,7 +96,7 @@ class MegatronBackend:
     ) -> LossOutput:
         mode = "grad" if "entropy" in objective.needs else "metric" if entropy else "none"
         jobs = [self._loss_job(microbatch, objective, mode) for microbatch in microbatches]
-        with on_cpu():
+        with on_cpu(self.parallel.device):
             outputs = self._run(self.policy.chunks, jobs, False)
         names = outputs[0]["metrics"]
         return LossOutput(
@@ -139,7 +139,7 @@ class MegatronBackend:
     def _run(self, chunks: Sequence[Any], jobs: Sequence[Job], forward_only: bool) -> list[Any]:
         multiple = self.config.parallel.tensor if self.config.parallel.sequence else 1
         if self.config.model.fp8 != "off":
-            multiple *= FP8_ROWS
+            multiple *= FP8_ROWS[self.config.model.fp8_recipe]
         return run(chunks, jobs, multiple, forward_only=forward_only)
 
     @property
@@ -160,7 +160,7 @@ class MegatronBackend:
 
     def step(self) -> UpdateInfo:
         """Clips and updates. A non-finite norm leaves all as it is."""
-        with on_cpu():
+        with on_cpu(self.parallel.device):
             info = self.optimizer.step()
         self.policy_version += not info.skipped
         return info
@@ -176,11 +176,11 @@ class MegatronBackend:
         return self.optimizer.snapshot()
 
     def interpolate(self, start: Any, share: float) -> None:
-        with on_cpu():
+        with on_cpu(self.parallel.device):
             self.optimizer.interpolate(start, share)
 
     def reset_reference(self) -> None:
-        with on_cpu():
+        with on_cpu(self.parallel.device):
             self.policy.reset_reference()
         self.reference_version += 1
 
@@ -222,7 +222,7 @@ class MegatronBackend:
             }
             (directory / COUNTERS).write_text(json.dumps(counters))
         self.parallel.barrier()
-        with on_cpu():
+        with on_cpu(self.parallel.device):
             checkpoint.save(state, self._contents())
 
     def load_state(self, directory: Path) -> None:
@@ -243,7 +243,7 @@ class MegatronBackend:
         self.optimizer.num_steps = counters["num_steps"]
         self.policy_version = counters["policy_version"]
         self.reference_version = counters["reference_version"]
-        with on_cpu():
+        with on_cpu(self.parallel.device):
             checkpoint.load(directory / "megatron", self._contents())
 
     def _contents(self) -> checkpoint.Contents:

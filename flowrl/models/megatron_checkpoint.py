@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -26,7 +27,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from flowrl.models.megatron_optimizer import PolicyOptimizer
+from flowrl.models.megatron_optimizer import STATE, PolicyOptimizer
 from flowrl.schema import ConfigError
 
 
@@ -35,6 +36,9 @@ class CheckpointMismatchError(OSError):
 
 
 Described = dict[str, dict[str, Any]]  # by parameter: "param" and moments, with data and place
+Parameter = tuple[str, Tensor, Any]  # name on this process, parameter, place in the whole model
+REFERENCE = "reference"
+PART_ELEMENTS = 1 << 30  # numbers that are read at once, 4 GB in float32
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,6 @@ def save(directory: Path, contents: Contents) -> None:
     """Writes into an existing directory; every process calls it. Raises CheckpointMismatchError if
     what the disk gives back differs."""
     written = _described(contents)
-    wanted = _empty_like(written)  # before saving, which changes the descriptions
     sent = {key: {name: i.data for name, i in entry.items()} for key, entry in written.items()}
     # Of this process alone: Megatron's own queue is a server process, for saving in the background,
     # which outlives a job that is killed.
@@ -59,45 +62,44 @@ def save(directory: Path, contents: Contents) -> None:
     writer = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
     dist_checkpointing.save({"state": written}, str(directory), writer)
     try:
-        found: Any = dist_checkpointing.load({"state": wanted}, str(directory))
+        for key, _, name, found in _read(directory, contents):
+            if not torch.equal(sent[key][name], found):
+                raise CheckpointMismatchError(
+                    f"{name} of {key} reads back differently from how it was written to {directory}"
+                )
     except (RuntimeError, ValueError, CheckpointingException, CheckpointException) as error:
         raise CheckpointMismatchError(
             f"what was written to {directory} cannot be read back: {str(error).splitlines()[0]}"
         ) from error
-    for key, entry in sent.items():
-        for name, tensor in entry.items():
-            if not torch.equal(tensor, found["state"][key][name]):
-                raise CheckpointMismatchError(
-                    f"{name} of {key} reads back differently from how it was written to {directory}"
-                )
 
 
 def load(directory: Path, contents: Contents) -> None:
     """Fills weights, moments and, where given, the reference; the optimizer's step count is the
     caller's to set first. Raises ConfigError if the files hold other parameters."""
-    wanted = _empty_like(_described(contents))
     try:
-        found: Any = dist_checkpointing.load({"state": wanted}, str(directory))
+        for _, param, name, found in _read(directory, contents):
+            if name == REFERENCE:
+                contents.reference[id(param)].copy_(found)
+            else:
+                contents.optimizer.scatter_state(param, name, found)
     except (CheckpointingException, CheckpointException) as error:
         reason = [line for line in str(error).splitlines() if "Error: " in line] or [str(error)]
         raise ConfigError(
             f"{directory} has other parameters than this run ({reason[-1][:200]}); resume with the "
             "log_z and value_head settings that it was written with"
         ) from error
-    for key, param, _ in _parameters(contents.chunks):
-        contents.optimizer.scatter_state(param, found["state"][key])
-        if id(param) in contents.reference:
-            contents.reference[id(param)].copy_(found["state"][key]["reference"])
+    contents.optimizer.count_steps()
 
 
 def _described(contents: Contents) -> Described:
-    """Every parameter's state on this process, with its place in the whole model."""
+    """Every parameter's state on this process, in host memory, with its place in the whole
+    model."""
     group = parallel_state.get_data_parallel_group()
     described: Described = {}
     for key, param, place in _parameters(contents.chunks):
         state = contents.optimizer.gather_state(param, group)
         if id(param) in contents.reference:
-            state["reference"] = contents.reference[id(param)].detach().clone()
+            state[REFERENCE] = contents.reference[id(param)].detach().to("cpu", copy=True)
         described[key] = {
             name: make_sharded_optimizer_tensor(place, tensor, name)
             for name, tensor in state.items()
@@ -105,15 +107,54 @@ def _described(contents: Contents) -> Described:
     return described
 
 
-def _empty_like(described: Described) -> Described:
-    """The same places, to be read into; rows of a padded vocabulary that no file has stay zero."""
-    return {
-        key: {name: replace(i, data=torch.zeros_like(i.data)) for name, i in entry.items()}
-        for key, entry in described.items()
-    }
+def _read(directory: Path, contents: Contents) -> Iterator[tuple[str, Tensor, str, Tensor]]:
+    """(name of the parameter, parameter, what of it, that as the files have it). In parts, so that
+    the host need not hold all of it once more; all processes read as many of them together. Rows of
+    a padded vocabulary that no file has are zero."""
+    parts = _parts(contents)
+    parts += [[]] * (_largest(len(parts)) - len(parts))
+    for part in parts:
+        wanted: Described = {}
+        for (key, param, place), name in part:
+            dtype = contents.reference[id(param)].dtype if name == REFERENCE else torch.float32
+            room = torch.zeros(param.shape, dtype=dtype)
+            wanted.setdefault(key, {})[name] = make_sharded_optimizer_tensor(place, room, name)
+        found: Any = dist_checkpointing.load(
+            {"state": wanted},
+            str(directory),
+            validate_access_integrity=False,  # of one part: other ranks may read other layers
+        )
+        for (key, param, _), name in part:
+            yield key, param, name, found["state"][key][name]
 
 
-def _parameters(chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor, Any]]:
+def _parts(contents: Contents) -> list[list[tuple[Parameter, str]]]:
+    """Moments, weights and reference of parameters. Those of one name in the whole model, which are
+    the layers of this process, are read together."""
+    together: dict[tuple[str, str], list[tuple[Parameter, str]]] = {}
+    for parameter in _parameters(contents.chunks):
+        names = [*STATE, REFERENCE] if id(parameter[1]) in contents.reference else STATE
+        for name in names:
+            together.setdefault((parameter[2].key, name), []).append((parameter, name))
+    parts: list[list[tuple[Parameter, str]]] = []
+    size = PART_ELEMENTS
+    for entries in together.values():
+        if size >= PART_ELEMENTS:
+            parts.append([])
+            size = 0
+        parts[-1] += entries
+        size += sum(param.numel() for (_, param, _), _ in entries)
+    return parts
+
+
+def _largest(count: int) -> int:
+    """Of all processes' counts."""
+    counts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(counts, count)
+    return max(counts)
+
+
+def _parameters(chunks: Sequence[Any]) -> Iterator[Parameter]:
     """(name on this process, parameter, its place in the whole model); a tied copy is left out,
     for the embedding is there."""
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}

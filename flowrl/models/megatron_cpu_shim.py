@@ -1,10 +1,10 @@
 """megatron-core 0.16.1 on a CPU: what it says about CUDA, answered for the CPU while a block runs.
 
-    with on_cpu():
+    with on_cpu(device):
         model(...)
 
 Megatron names CUDA in literals (`device="cuda"`, `.cuda()`, `torch.cuda.current_device()`). Inside
-the block those mean the CPU; after it torch is as before. Where CUDA exists it does nothing, and
+the block those mean the CPU; after it torch is as before. For another device it does nothing, and
 inside another block neither.
 """
 
@@ -66,9 +66,9 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 @contextmanager
-def on_cpu() -> Iterator[None]:
+def on_cpu(device: torch.device) -> Iterator[None]:
     global _active
-    if torch.cuda.is_available() or _active:
+    if device.type != "cpu" or _active:
         yield
         return
     saved = []

@@ -154,9 +154,10 @@ def check_transformer_engine() -> None:
     """Raises ConfigError where FP8 cannot run."""
     try:
         import transformer_engine.pytorch  # noqa: F401  # type: ignore
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(
             "model.fp8 multiplies with Transformer Engine, which does not import here "
-            f"({str(error).splitlines()[0]}); set model.fp8=off, or on a GPU machine: "
+            f"({reason}); set model.fp8=off, or on a GPU machine: "
             "pip install 'flowrl-trainer[megatron,fp8]'"
         ) from error

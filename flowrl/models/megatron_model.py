@@ -124,6 +124,8 @@ def transformer_config(
         options = {"recompute_granularity": "selective"}
     if model.fp8 != "off":
         options |= {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe}
+        # Replicas have their own numbers of micro-batches, and so of these reductions.
+        options["tp_only_amax_red"] = True
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,

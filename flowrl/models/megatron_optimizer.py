@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -23,6 +24,7 @@ from flowrl.config import Config
 from flowrl.models import UpdateInfo
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE = ("param", *MOMENTS)  # of each parameter: its main weight, and the moments
 
 
 def wrap(chunks: Sequence[Any], config: Config) -> list[DistributedDataParallel]:
@@ -47,8 +49,15 @@ def wrap(chunks: Sequence[Any], config: Config) -> list[DistributedDataParallel]
 
 
 def _finalize(chunks: list[Any], num_tokens: Tensor | None, **options: Any) -> None:
-    """Sums over replicas, tensor ranks and tied embeddings; divides by nothing."""
+    """Sums over replicas, tensor ranks and tied embeddings; divides by nothing. Small heads have
+    the same gradient on all tensor ranks, in exact arithmetic: they take the first rank's."""
     finalize_model_grads(chunks, None, **options)
+    group: Any = parallel_state.get_tensor_model_parallel_group()
+    if group.size() == 1:
+        return
+    for chunk in chunks:
+        for param in chunk.module.heads.parameters():
+            torch.distributed.broadcast(param.main_grad, group=group, group_src=0)
 
 
 class PolicyOptimizer:
@@ -138,6 +147,15 @@ class PolicyOptimizer:
         for inner in self._inner:
             inner.optimizer.state.clear()
         self.num_steps = 0
+        self.count_steps()
+
+    def count_steps(self) -> None:
+        """After a reset or a load. Megatron takes Transformer Engine's AdamW where it is installed,
+        which counts its steps for a group of parameters and not for each."""
+        for inner in self._inner:
+            if not isinstance(inner.optimizer, torch.optim.AdamW):
+                for group in inner.optimizer.param_groups:
+                    group["step"] = self.num_steps
 
     def _mains(self) -> list[Tensor]:
         return [main for inner in self._inner for main in inner.get_parameters()]
@@ -145,11 +163,11 @@ class PolicyOptimizer:
     # --- state, parameter by parameter
 
     def gather_state(self, param: Tensor, group: Any) -> dict[str, Tensor]:
-        """Main weight and moments of a parameter of this process, whole and in float32: {"param",
-        "exp_avg", "exp_avg_sq"}. Each replica in `group` has a share of them."""
+        """Main weight and moments of a parameter of this process, whole, in float32 and in host
+        memory: {"param", "exp_avg", "exp_avg_sq"}. Each replica in `group` has a share of them."""
         whole = {
             name: torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
-            for name in ("param", *MOMENTS)
+            for name in STATE
         }
         inner, place = self._share(param)
         if inner is not None:
@@ -161,23 +179,25 @@ class PolicyOptimizer:
         if group.size() > 1:
             for tensor in whole.values():  # one replica has the entry, the others zero
                 torch.distributed.all_reduce(tensor, group=group)
-        return {name: tensor.view_as(param) for name, tensor in whole.items()}
+        return {name: tensor.view_as(param).cpu() for name, tensor in whole.items()}
 
     @torch.no_grad()
-    def scatter_state(self, param: Tensor, whole: dict[str, Tensor]) -> None:
-        """Takes back what `gather_state` gave: this replica's share of it."""
-        param.data.copy_(whole["param"])
+    def scatter_state(self, param: Tensor, name: str, whole: Tensor) -> None:
+        """Takes back one entry of what `gather_state` gave: this replica's share of it. Moments of
+        a run that has made no step are left out."""
+        if name == "param":
+            param.data.copy_(whole)
         inner, place = self._share(param)
         if inner is None:
             return
         main, state = self._main(inner, param)
-        main.copy_(whole["param"].flatten()[place])
-        if self.num_steps == 0:
-            return
-        for name in MOMENTS:
-            state[name] = whole[name].flatten()[place].clone().view_as(main)
-        # A counter of its own: AdamW counts it up in place.
-        state["step"] = torch.tensor(float(self.num_steps))
+        share = whole.flatten()[place].view_as(main)
+        if name == "param":
+            main.copy_(share)
+        elif self.num_steps:
+            state[name] = share.to(main.device, copy=True)
+            # A counter of its own: AdamW counts it up in place.
+            state["step"] = torch.tensor(float(self.num_steps))
 
     def _share(self, param: Tensor) -> tuple[Any, slice]:
         """The optimizer that has a part of the parameter on this replica, and which part."""

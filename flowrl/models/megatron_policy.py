@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,14 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 
 from flowrl.config import Config
-from flowrl.model_shape import check_split, read_shape
+from flowrl.model_shape import check_fp8, check_split, read_shape
 from flowrl.models import megatron_weights as weights
 from flowrl.models.liger_layers import check_liger
 from flowrl.models.log_z import LogZHead
 from flowrl.models.megatron_model import build_chunk, transformer_config
 from flowrl.models.megatron_optimizer import wrap
 from flowrl.models.value_head import ValueHead
-from flowrl.parallel import Parallel
+from flowrl.parallel import Parallel, longest_wait
 
 
 class SplitPolicy:
@@ -39,6 +40,8 @@ class SplitPolicy:
             check_liger(parallel.device)
         self.shape = read_shape(model_dir)
         check_split(self.shape, split)
+        if config.model.fp8 != "off":
+            check_fp8(self.shape, split)
         self.layout = weights.Layout(
             self.shape, split.tensor, split.pipeline, split.virtual_pipeline
         )
@@ -53,6 +56,7 @@ class SplitPolicy:
         )
         self.chunks = wrap(self._load(self._build_heads(needs)), config)
         self._reference: list[Any] | None = None  # chunks, or tensors in host memory
+        self._aside: list[Tensor] = []  # the policy's weights while the reference has their place
 
     def _load(self, heads: Mapping[str, nn.Module]) -> list[Any]:
         """This process's chunks, with the starting model's weights."""
@@ -98,12 +102,12 @@ class SplitPolicy:
             self._reference = self._load_reference()
         if self._config.parallel.reference == "copy":
             return action(self._reference)
-        own = [param.detach().to("cpu", copy=True) for param in self._backbone()]
+        self._set_aside()
         self._fill(self._reference)
         try:
             return action(self.chunks)
         finally:
-            self._fill(own)
+            self._fill(self._aside)
 
     def reset_reference(self) -> None:
         """The reference becomes the policy as it is."""
@@ -125,12 +129,28 @@ class SplitPolicy:
             for chunk in chunks:
                 chunk.requires_grad_(False)
             return chunks
-        own = [param.detach().to("cpu", copy=True) for param in self._backbone()]
+        self._set_aside()
         find = _finder([chunk.module for chunk in self.chunks])
         weights.load(self._model_dir, self.layout, self.place, find)
-        start = [param.detach().to("cpu", copy=True) for param in self._backbone()]
-        self._fill(own)
+        start = self._host_memory()
+        for kept, param in zip(start, self._backbone(), strict=True):
+            kept.copy_(param.detach())
+        self._fill(self._aside)
         return start
+
+    def _set_aside(self) -> None:
+        """The policy's own weights, into host memory that is allocated once."""
+        self._aside = self._aside or self._host_memory()
+        for kept, param in zip(self._aside, self._backbone(), strict=True):
+            kept.copy_(param.detach())
+
+    def _host_memory(self) -> list[Tensor]:
+        """Room for the policy's weights, pinned where a GPU copies to and from it."""
+        pinned = self._device.type == "cuda"
+        return [
+            torch.empty(param.shape, dtype=param.dtype, device="cpu", pin_memory=pinned)
+            for param in self._backbone()
+        ]
 
     def _reference_weights(self) -> list[Tensor]:
         assert self._reference is not None
@@ -186,6 +206,7 @@ def _join_groups(config: Config, parallel: Parallel) -> None:
         )  # fmt: skip
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+    wait = longest_wait(config.rollout.longest_wait_s)  # weights are gathered after a generation
     parallel_state.initialize_model_parallel(
         split.tensor,
         split.pipeline,
@@ -193,6 +214,7 @@ def _join_groups(config: Config, parallel: Parallel) -> None:
             split.virtual_pipeline if split.virtual_pipeline > 1 else None
         ),
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=math.ceil(wait.total_seconds() / 60),
     )
     assert parallel_state.get_data_parallel_rank() == parallel.rank, parallel
     model_parallel_cuda_manual_seed(config.seed, force_reset_rng=True)

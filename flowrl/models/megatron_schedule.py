@@ -16,7 +16,8 @@ from torch import Tensor
 from flowrl.models.megatron_model import HeadUse
 from flowrl.records import PackedBatch, ragged_arange
 
-FP8_ROWS = 16  # FP8 products want this multiple of tokens
+FP8_ROWS = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+"""The multiple of tokens on a tensor rank that each recipe's FP8 products take."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ def run(
 ) -> list[Any]:
     """Results of the jobs in order, on every stage; gradients are in the chunks' buffers then."""
     config = chunks[0].config
+    for chunk in chunks:  # recomputation and delayed FP8 scales are for passes with a gradient
+        chunk.train(not forward_only)
     if len(chunks) > 1:
         jobs = [*_fillers(jobs, config.pipeline_model_parallel_size), *jobs]
 

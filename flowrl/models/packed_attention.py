@@ -8,6 +8,9 @@ dropped again, so that no (T_model, T_model) mask exists.
 
 from __future__ import annotations
 
+from inspect import signature
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -110,11 +113,15 @@ def _varlen_flash(
     except ImportError:
         from torch.nn.attention.varlen import varlen_attn
 
-        groups = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+        grouped: dict[str, Any] = {}
+        if "enable_gqa" in signature(varlen_attn).parameters:  # torch 2.13 has it, 2.11 does not
+            grouped = {"enable_gqa": q.shape[1] != k.shape[1]}
+        else:
+            groups = q.shape[1] // k.shape[1]
+            k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
         out = varlen_attn(
             q, k, v, cu_seqlens, cu_seqlens, max_length, max_length,
-            scale=scaling, window_size=(-1, 0),
+            scale=scaling, window_size=(-1, 0), **grouped,
         )  # fmt: skip
         assert isinstance(out, Tensor)
         return out
