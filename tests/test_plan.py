@@ -53,7 +53,7 @@ def test_the_processes_of_a_replica_hold_the_model_together():
 def test_what_does_not_fit_names_a_setting_that_does():
     shape, config = read_shape("qwen2.5-32b"), load("qwen2.5_32b_math")
     assert make_plan(config, shape, GIVEN).fits
-    always = dataclasses.replace(config.rollout, sleep=False, gpu_memory_utilization=0.5)
+    always = dataclasses.replace(config.rollout, sleep=False, gpu_memory_utilization=0.45)
     awake = dataclasses.replace(config, rollout=always)
     layout = dataclasses.replace(config.parallel, tensor=4)
     wide = dataclasses.replace(config, parallel=layout)
