@@ -89,8 +89,9 @@ class RolloutConfig:
     """Weights are sent in buckets of about this size, in MiB."""
     sync_checked_tensors: int = 64
     """Tensors whose checksum is compared after each transfer; others have their turn later."""
-    sync_transport: Literal["auto", "files", "ipc"] = "auto"
-    """How weights travel: as files in shared memory, or by vLLM's CUDA IPC transfer.
+    sync_transport: Literal["auto", "files", "ipc", "broadcast"] = "auto"
+    """How weights travel: as files in shared memory, by vLLM's CUDA IPC transfer, or by broadcast
+    to the engine's workers (gloo on CPUs, NCCL between GPUs).
     auto: ipc where trainer and engine share one GPU, files elsewhere."""
     tensor_parallel_size: int = 1
     """GPUs that share one engine."""
@@ -243,6 +244,11 @@ class RolloutConfig:
             not (self.mode == "in_process" and self.server_python),
             f"rollout.server_python={self.server_python!r} is for a server process, got "
             "rollout.mode=in_process; set rollout.mode=server",
+        )
+        require(
+            self.mode == "server" or self.sync_transport != "broadcast",
+            "weights are broadcast to a server process, got rollout.mode=in_process; set "
+            "rollout.mode=server or rollout.sync_transport=files",
         )
         self._check_address()
         require(

@@ -128,6 +128,10 @@ def test_metrics_count_what_is_dropped():
         ({"server_python": "python3"}, "set rollout.engine=vllm"),
         ({"engine": "vllm", "mode": "in_process", "server_python": "x"}, "set rollout.mode=server"),
         ({"engine": "replay", "replay_dir": "x", "max_staleness": 1}, "max_staleness=0"),
+        (
+            {"engine": "vllm", "mode": "in_process", "sync_transport": "broadcast"},
+            "set rollout.mode=server",
+        ),
         ({"engine": "vllm", "sleep": True, "max_staleness": 1}, "cannot sleep"),
         ({"sync_timeout_s": 0.0}, "must be > 0"),
     ],

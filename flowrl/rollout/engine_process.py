@@ -45,6 +45,7 @@ from flowrl.rollout.process_tree import (
 )
 from flowrl.schema import ConfigError
 
+LOOPBACK = "127.0.0.1"
 NOT_FOR_ENGINES = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
     "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_",
@@ -103,6 +104,8 @@ class ServerGroup:
 class ServerProcess(EngineConnection):
     """An engine in a process group of its own, spoken to over a socket. See `EngineHost`."""
 
+    trainer_address = LOOPBACK
+
     def __init__(self, settings: EngineSettings, python: str, start_limit_s: float) -> None:
         """Starts it and waits until it is ready."""
         self.log_path = Path(settings.log_path)
@@ -136,6 +139,7 @@ class InProcess:
     """An engine in this process; vLLM's core is its child. See `EngineHost`."""
 
     name = "vLLM (in process)"
+    trainer_address = LOOPBACK
 
     def __init__(self, settings: EngineSettings, start_limit_s: float) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -79,6 +79,7 @@ class EngineHost(Protocol):
     """Where an engine runs. Every call has a limit in seconds."""
 
     name: str  # for messages: what was waited for
+    trainer_address: str  # this machine's, as the engine's node sees it
 
     def call(self, message: Message, limit_s: float) -> Message:
         """Raises EngineError if the engine is gone or the limit is over (it is killed then), and

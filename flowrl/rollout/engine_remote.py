@@ -62,6 +62,7 @@ class RemoteServer(EngineConnection):
                 why = f"cannot be reached ({str(error) or 'it does not answer'})"
             else:
                 if reply.op == "starting":
+                    self.trainer_address = connection.getsockname()[0]
                     self.log_path = Path(reply.fields["log"])
                     return connection
                 connection.close()

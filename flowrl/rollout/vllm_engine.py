@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,8 @@ class VLLMEngine:
             "begin_weights": self._begin_weights,
             "weights": self._weights,
             "ipc_weights": self._ipc_weights,
+            "join_weights": self._join_weights,
+            "receive_weights": self._receive_weights,
             "end_weights": self._end_weights,
             "sleep": self._sleep,
             "wake": self._wake,
@@ -164,11 +166,21 @@ class VLLMEngine:
         self.llm.collective_rpc("update_weights", args=(dict(message.fields["update"]),))
         return Message("ok")
 
+    def _join_weights(self, message: Message) -> Message:
+        """The workers become members of the group that weights are broadcast in."""
+        self.llm.collective_rpc("flowrl_join_weights", args=(dict(message.fields),))
+        return Message("ok")
+
+    def _receive_weights(self, message: Message) -> Message:
+        """All weights, while the trainer broadcasts them."""
+        self.llm.collective_rpc("flowrl_receive_weights")
+        return Message("ok")
+
     def _end_weights(self, message: Message) -> Message:
-        """Loads what came, forgets what the old weights computed, and reads back."""
+        """Loads what came in files, forgets what the old weights computed, and reads back."""
         if self.settings.ipc:
             self.llm.collective_rpc("finish_weight_update")
-        else:
+        elif any(self.weights_dir.iterdir()):
             folder = str(self.weights_dir)
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         if not self.llm.reset_prefix_cache():
@@ -190,6 +202,19 @@ class VLLMEngine:
         return Message("ok")
 
 
+def shares_of_cpus(cpus: Collection[int], workers: int) -> str:
+    """The CPUs of each worker, as vLLM reads them: "0,1|2,3". Raises EngineRefusedError where there
+    are not enough."""
+    each, ordered = len(cpus) // workers, sorted(cpus)
+    if not each:
+        raise EngineRefusedError(
+            f"rollout.tensor_parallel_size={workers} needs as many CPUs, {len(cpus)} are there; "
+            "set it lower"
+        )
+    shares = (ordered[i * each : (i + 1) * each] for i in range(workers))
+    return "|".join(",".join(map(str, share)) for share in shares)
+
+
 def check_room(folder: Path, needed: int) -> None:
     """Raises EngineRefusedError where a file of so many bytes does not fit."""
     free = shutil.disk_usage(folder).free
@@ -208,13 +233,17 @@ def _logprobs(output: Any) -> list[float]:
 
 
 def _set_environment(settings: EngineSettings) -> None:
-    """vLLM reads these when it is imported and when it starts its processes."""
+    """vLLM reads these when it is imported and when it starts its processes. Raises
+    EngineRefusedError for more workers than CPUs."""
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"  # the model is a directory
     # As on a CPU. A forked core would hold the trainer's connection open after its server's death.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     if settings.device == "cpu":
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = f"{settings.kv_cache_gb:g}"
+        if settings.tensor_parallel_size > 1:  # by itself vLLM wants a NUMA node for each worker
+            found = shares_of_cpus(os.sched_getaffinity(0), settings.tensor_parallel_size)
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", found)
     if settings.ipc:  # the handles are pickled by this run's own trainer
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
 

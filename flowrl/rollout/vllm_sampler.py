@@ -33,9 +33,11 @@ from flowrl.rollout.engine_protocol import (
 )
 from flowrl.rollout.gpu_memory import release_cached
 from flowrl.rollout.noise import stream_keys
+from flowrl.rollout.weight_broadcast import Broadcast
 from flowrl.rollout.weight_check import compare, sampled
 from flowrl.schema import require
 
+CPU = torch.device("cpu")
 SLEEPERS = frozenset({"weights", "kv_cache"})  # vLLM's words for what sleeps
 
 
@@ -48,7 +50,9 @@ class SyncOptions:
     bucket_bytes: int
     checked_tensors: int
     restarts: int
-    ipc_device: torch.device | None = None  # weights travel by CUDA IPC on this device
+    transport: str = "files"
+    device: torch.device = CPU  # the trainer's
+    workers: int = 1  # of the engine
     sleep: bool = False
 
 
@@ -74,6 +78,7 @@ class VLLMSampler:
         self._expected = _tensor_names(model_dir)
         self._sent: list[tuple[str, Tensor]] | None = None  # kept where a restart needs it
         self._asleep: frozenset[str] = frozenset()
+        self._broadcast: Broadcast | None = None
         self._start = start
         self.host = start()
 
@@ -193,20 +198,51 @@ class VLLMSampler:
         call(Message("begin_weights"))
         names: set[str] = set()
         to_check: dict[str, Tensor] = {}
-        stride = max(1, -(-len(self._expected) // self.options.checked_tensors))
-        for bucket in _buckets(weights, self.options.bucket_bytes):
-            for name, tensor in bucket:
-                if tensor.ndim < 2 or (len(names) + version) % stride == 0:  # small, or its turn
-                    to_check[name] = sampled(tensor, version).cpu()
-                names.add(name)
-            device = self.options.ipc_device
-            if device is not None:  # copies, which live until the answer: a parameter that is
-                # itself exported would keep something of every export
-                bucket = [(name, tensor.to(device, copy=True)) for name, tensor in bucket]
-            call(_file_message(bucket) if device is None else _ipc_message(bucket))
+        buckets = self._buckets(weights, names, to_check)
+        if self.options.transport == "broadcast":
+            self._send_by_broadcast(buckets, call)
+        elif self.options.transport == "ipc":
+            for bucket in buckets:
+                # Copies: a parameter that is itself exported would keep something of every export.
+                # The name keeps their memory alive until the answer.
+                copies = [(n, t.to(self.options.device, copy=True)) for n, t in bucket]
+                call(_ipc_message(copies))
+        else:
+            for bucket in buckets:
+                call(_file_message(bucket))
         self._check_names(names)
         reply = call(Message("end_weights", {"check": list(to_check), "version": version}))
         self.compared = compare(to_check, reply.fields["reports"], version)
+
+    def _buckets(
+        self, weights: Iterable[tuple[str, Tensor]], names: set[str], to_check: dict[str, Tensor]
+    ) -> Iterator[list[tuple[str, Tensor]]]:
+        """The weights in buckets; their names, and what is compared of them, are noted on the
+        way."""
+        stride = max(1, -(-len(self._expected) // self.options.checked_tensors))
+        for bucket in _buckets(weights, self.options.bucket_bytes):
+            for name, tensor in bucket:
+                turn = (len(names) + self.policy_version) % stride == 0
+                if tensor.ndim < 2 or turn:  # small, or its turn
+                    to_check[name] = sampled(tensor, self.policy_version).cpu()
+                names.add(name)
+            yield bucket
+
+    def _send_by_broadcast(
+        self, buckets: Iterator[list[tuple[str, Tensor]]], call: Callable[[Message], Message]
+    ) -> None:
+        def ask(operation: str, fields: dict[str, Any]) -> None:
+            call(Message(operation, fields))
+
+        options = self.options
+        if self._broadcast is None:
+            place = self.host.trainer_address, options.workers, options.device
+            self._broadcast = Broadcast(*place, options.sync_timeout_s, ask)
+        try:
+            self._broadcast.transfer(buckets, ask)
+        except BaseException:
+            self._broadcast = None  # a group that was left in the middle
+            raise
 
     def _check_names(self, names: set[str]) -> None:
         missing = sorted(self._expected - names)
@@ -245,7 +281,7 @@ class VLLMSampler:
         )
         release_cached()
         self.host = self._start()
-        self._asleep = frozenset()
+        self._asleep, self._broadcast = frozenset(), None
 
 
 def eos_ids(model_dir: Path, tokenizer: Any) -> frozenset[int]:

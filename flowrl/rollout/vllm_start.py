@@ -38,7 +38,9 @@ def build_vllm_sampler(
         bucket_bytes=options.sync_bucket_mb << 20,
         checked_tensors=options.sync_checked_tensors,
         restarts=options.restart,
-        ipc_device=device if settings.ipc else None,
+        transport=transport_of(options, device),
+        device=device,
+        workers=options.tensor_parallel_size,
         sleep=options.sleep,
     )
     dtype = getattr(torch, config.model.dtype)
@@ -60,10 +62,6 @@ def engine_settings(config: Config, model_dir: Path, device: torch.device) -> En
     options = config.rollout
     is_cpu = device.type == "cpu"
     is_elsewhere = bool(options.server_address)
-    shares_gpu = not is_cpu and not is_elsewhere and options.tensor_parallel_size == 1
-    transport = options.sync_transport
-    if transport == "auto":
-        transport = "ipc" if shares_gpu and not _expands_segments() else "files"
     log = config.run_dir / "logs" / f"vllm_rank{os.environ.get('RANK', '0')}.log"
     return EngineSettings(
         model_dir=str(model_dir.resolve()),
@@ -78,8 +76,18 @@ def engine_settings(config: Config, model_dir: Path, device: torch.device) -> En
         enforce_eager=is_cpu if options.enforce_eager is None else options.enforce_eager,
         sleep=options.sleep,
         quantization="fp8_per_tensor" if options.dtype == "fp8" else None,
-        ipc=transport == "ipc",
+        ipc=transport_of(options, device) == "ipc",
     )
+
+
+def transport_of(options: RolloutConfig, device: torch.device) -> str:
+    """rollout.sync_transport, resolved for the trainer's device."""
+    if options.sync_transport != "auto":
+        return options.sync_transport
+    shares_gpu = (
+        device.type != "cpu" and not options.server_address and options.tensor_parallel_size == 1
+    )
+    return "ipc" if shares_gpu and not _expands_segments() else "files"
 
 
 def check_gpus(config: Config, parallel: Parallel) -> None:
@@ -110,6 +118,13 @@ def _expands_segments() -> bool:
 
 def check_device(options: RolloutConfig, device: torch.device) -> None:
     """Raises ConfigError for a setting that means nothing on this device."""
+    require(
+        options.sync_transport != "broadcast"
+        or device.type == "cpu"
+        or bool(options.server_address),
+        "NCCL takes no two processes on one GPU, got rollout.sync_transport=broadcast and an "
+        "engine on the trainer's GPUs; set rollout.sync_transport=auto, or rollout.server_address",
+    )
     if device.type != "cpu":
         require(
             options.kv_cache_gb == RolloutConfig.kv_cache_gb,

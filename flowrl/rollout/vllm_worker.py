@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowrl.rollout.weight_broadcast import Meeting, WeightGroup
 from flowrl.rollout.weight_check import Report, columns, fingerprint, sampled
 
 
@@ -24,11 +25,21 @@ class WorkerExtension:
     """Mixed into vLLM's worker class."""
 
     model_runner: Any
+    rank: int  # among the engine's workers
+    device: torch.device
 
     def flowrl_die_with_parent(self) -> int:
         """A worker whose engine core was killed would wait for it for ever. Returns its pid."""
         watch_parent(lambda: os.kill(os.getpid(), signal.SIGKILL))
         return os.getpid()
+
+    def flowrl_join_weights(self, meeting: dict[str, Any]) -> None:
+        """Meets the trainer and the other workers in the group that weights are broadcast in."""
+        self._flowrl_group = WeightGroup(Meeting(**meeting), 1 + self.rank, self.device)
+
+    def flowrl_receive_weights(self) -> None:
+        """Loads the weights that the trainer broadcasts."""
+        self.model_runner.reload_weights(weights_iterator=self._flowrl_group.receive())
 
     def flowrl_read_back(self, names: Sequence[str], version: int) -> list[dict[str, Any]]:
         """Reports of what this worker holds of the named Hugging Face tensors. A tensor that it
@@ -58,13 +69,14 @@ def _read_back(model: nn.Module, name: str, version: int, dtype: torch.dtype) ->
     module, part = place
     parameter = getattr(module, kind, None)
     rows, row_start, first = _rows(module, part, parameter)
-    if kind == "weight" and hasattr(module, "cpu_linear") and rows:
+    if not rows:
+        return
+    if kind == "weight" and hasattr(module, "cpu_linear"):
         yield _applied(module, name, version, (first, rows, row_start), dtype)
     if isinstance(parameter, Tensor) and parameter.numel() and parameter.is_floating_point():
         if parameter.dtype.itemsize < 2:  # quantised
             return
-        held = parameter[first : first + rows] if rows else parameter
-        held, positions = _local_columns(module, held, version)
+        held, positions = _local_columns(module, parameter[first : first + rows], version)
         if positions is None or positions:
             held = held.to(dtype)  # some CPU kernels keep the bias wider
             yield Report(name, row_start, held.shape[0], positions, fingerprint(held))
@@ -90,7 +102,7 @@ def _find(model: nn.Module, name: str) -> tuple[nn.Module, int | None] | None:
 
 def _rows(module: Any, part: int | None, parameter: Any) -> tuple[int, int, int]:
     """(rows that this worker holds, where they start in the whole tensor, where they start in the
-    module's own output). 0 rows: not divided in a way that is known here."""
+    module's own output). 0 rows: none, as of a small vocabulary the last worker's are padding."""
     size, rank = getattr(module, "tp_size", 1), getattr(module, "tp_rank", 0)
     sizes = getattr(module, "output_sizes", None)
     if part is not None and sizes is not None:

@@ -27,7 +27,7 @@ from flowrl.rollout.engine_protocol import (
     send,
 )
 from flowrl.rollout.process_tree import group_members
-from flowrl.rollout.vllm_engine import check_room
+from flowrl.rollout.vllm_engine import check_room, shares_of_cpus
 from flowrl.rollout.vllm_sampler import SyncOptions, VLLMSampler, eos_ids
 from flowrl.rollout.vllm_start import check_device, check_gpus
 from flowrl.rollout.weight_check import columns, compare, fingerprint, sampled
@@ -187,6 +187,12 @@ def test_an_engine_that_reads_nothing_back_is_not_trusted():
         compare({"w": torch.zeros(2, 2)}, [], 1)
 
 
+def test_workers_share_the_cpus():
+    assert shares_of_cpus({5, 1, 3, 2, 0}, 2) == "0,1|2,3"
+    with pytest.raises(EngineRefusedError, match="set it lower"):
+        shares_of_cpus({0, 1}, 3)
+
+
 def test_weights_that_do_not_fit_are_refused_before_they_are_written(tmp_path):
     check_room(tmp_path, 1)
     with pytest.raises(EngineRefusedError, match="--shm-size"):
@@ -197,6 +203,7 @@ class Recorder:
     """An engine that takes whatever comes and writes down what it was asked."""
 
     name = "recorder"
+    trainer_address = "127.0.0.1"
 
     def __init__(self):
         self.asked = []
@@ -285,6 +292,7 @@ def test_every_eos_of_the_model_stops_a_response(tmp_path, tiny_model):
         ("cpu", {"sync_transport": "ipc"}),
         ("cuda", {"kv_cache_gb": 2.0}),
         ("cuda", {"sync_transport": "ipc", "tensor_parallel_size": 2}),
+        ("cuda", {"sync_transport": "broadcast"}),
     ],
 )
 def test_settings_of_the_other_device_are_refused(device, options):

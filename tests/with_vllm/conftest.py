@@ -44,11 +44,14 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory, tokenizer):
+    return make_model(tmp_path_factory.mktemp("model"), tokenizer, len(WORDS))
+
+
+def make_model(path, tokenizer, vocab_size):
     """A Qwen3 of two layers whose distributions are far from uniform."""
-    path = tmp_path_factory.mktemp("model")
     torch.manual_seed(1)
     config = Qwen3Config(
-        vocab_size=len(WORDS), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        vocab_size=vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=256,
         tie_word_embeddings=False, eos_token_id=EOS, pad_token_id=0, bos_token_id=None,
     )  # fmt: skip
@@ -133,6 +136,7 @@ class Faulty:
     def __init__(self, host, name, change):
         self.host, self.changed, self.change = host, name, change
         self.name, self.log_tail, self.close = host.name, host.log_tail, host.close
+        self.trainer_address = host.trainer_address
 
     def call(self, message, limit_s):
         if message.op == "weights" and self.changed in message.arrays:

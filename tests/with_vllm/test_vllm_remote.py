@@ -3,6 +3,7 @@
 One server and one engine serve these tests in their order; the last ones kill them.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -86,14 +87,26 @@ def test_weights_arrive_over_the_connection(sampler, model, tokenizer):
     assert logp_abs_diff(model, before, 1.0) > 1e-3
 
 
+def test_weights_arrive_by_broadcast(sampler, model, tokenizer):
+    """At the same engine, which joins a group for it."""
+    files = sampler.options
+    sampler.options = dataclasses.replace(files, transport="broadcast")
+    for version in (2, 3):
+        update(model, version)
+        sampler.load_weights(model.named_parameters(), version)
+        assert sampler.compared == len(list(model.parameters()))
+    assert logp_abs_diff(model, sampler.sample(make_request(tokenizer)), 1.0) < 1e-5
+    sampler.options = files
+
+
 def test_a_tensor_that_is_changed_on_its_way_stops_the_run(sampler, model):
     real, sampler.host = sampler.host, Faulty(sampler.host, "lm_head.weight", flip)
     try:
         with pytest.raises(WeightSyncError, match=r"lm_head\.weight"):
-            sampler.load_weights(model.named_parameters(), 2)
+            sampler.load_weights(model.named_parameters(), 4)
     finally:
         sampler.host = real
-    sampler.load_weights(model.named_parameters(), 2)
+    sampler.load_weights(model.named_parameters(), 4)
 
 
 def test_an_engine_that_is_killed_is_started_again_with_its_weights(
