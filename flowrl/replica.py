@@ -43,7 +43,7 @@ class ReplicaSampler:
         if self._sampler is not None:
             try:
                 self._sampler.load_weights(stream, policy_version)
-            except (ValueError, RuntimeError) as error:
+            except Exception as error:  # raised once the others are out of the collective
                 failed.append(error)
         for _ in stream:
             pass
