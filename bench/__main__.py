@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "kernels"))
 
 BENCHMARKS = ("linear_logprobs", "policy_loss", "trajectory_balance")
-OTHERS = ("aot", "cuda_code", "tune", "compare", "table")
+OTHERS = ("aot", "cuda_code", "tune", "compare", "table", "weight_sync")
 
 
 def main(arguments: list[str]) -> int:
