@@ -59,7 +59,7 @@ def resolve(config: Config) -> tuple[Config, Objective]:
         raise ConfigError(
             f"value_head.* is set, but objective {objective.name} has no value head; leave it out"
         )
-    if objective.coupling == "group" and config.batch.group_size < 2:
+    if objective.compares_group and config.batch.group_size < 2:
         raise ConfigError(
             f"objective {objective.name} compares the members of a group, got batch.group_size="
             f"{config.batch.group_size}; set batch.group_size=8"

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from flowrl.config import Config, EvalConfig
-from flowrl.overrides import split_overrides
+from flowrl.overrides import settings_called, split_overrides
 from flowrl.schema import ConfigError, nearest
 from flowrl.settings import load, recipe_names
 from flowrl.study.plan import study_names
@@ -317,7 +317,8 @@ def _refuse_unknown(name: str, arguments: type, args: list[str]) -> None:
     for arg in args:
         key = arg.partition("=")[0].removeprefix("--").replace("-", "_")
         if arg.startswith("--") and key.removeprefix("no_") not in known:
-            raise ConfigError(f"flowrl {name} has no {arg}{nearest(key, known)}")
+            meant = settings_called(key) if name in (*TAKES_SETTINGS, "eval") else ""
+            raise ConfigError(f"flowrl {name} has no {arg}{meant or nearest(key, known)}")
 
 
 def _help(name: str, arguments: type, args: list[str]) -> None:

@@ -35,7 +35,8 @@ class RunConfig:
 @dataclass(frozen=True)
 class TaskConfig:
     name: str = "countdown"
-    """Task: countdown, modular, toy_tree, hypergrid, jsonl, or the path of a Python file."""
+    """Task: countdown, modular, toy_tree, hypergrid, game24, blocksworld, jsonl, or the path of a
+    Python file."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the task; its own Options dataclass checks them."""
 

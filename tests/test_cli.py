@@ -67,6 +67,8 @@ def test_train_help_lists_every_section(capsys):
         (["train", "--dry-run", "--model.path", "nowhere"], "model directory not found: nowhere"),
         (["train", "--dry-run", "--kernels.backend", "trtion"], "cannot run here"),
         (["train", "--batch.updates_per_step", "5"], "set batch.updates_per_step=4"),
+        (["train", "--objective", "grpo"], "write --objective.name VALUE"),
+        (["train", "--group_size", "4"], "write --batch.group_size VALUE"),
         (["inspect", "nowhere"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
         (["export", "nowhere"], "nowhere is no run directory"),
@@ -108,6 +110,17 @@ def test_dry_run_prints_config_batch_and_memory_and_makes_nothing(capsys, tiny, 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_says_where_no_run_can_go(capsys, tiny, tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    settings = merge(tiny, {"run": {"dir": str(tmp_path)}})
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--dry-run", *as_args(settings)])
+    assert stopped.value.code == 2
+    shown = capsys.readouterr()
+    assert "[objective.options]" in shown.out
+    assert "not empty and holds no run" in shown.err
+
+
 def test_a_refused_run_leaves_no_directory_behind(capsys, tiny, tmp_path):
     path = tmp_path / "run"
     settings = merge(tiny, {"run": {"dir": str(path)}})
@@ -125,6 +138,7 @@ def test_a_refused_run_leaves_no_directory_behind(capsys, tiny, tmp_path):
     [
         (["--dry-run", "--resume"], "leave one out"),
         (["--dry-run", "--batch.group_size", "1"], "set batch.group_size=8"),
+        (["--dry-run", "--objective.name", "rloo", "--batch.group_size", "1"], "compares the"),
         (["--dry-run", "--objective.name", "grpo", "--log_z.lr", "5"], "learns no log Z"),
         (["--reusme"], "has no --reusme; did you mean resume?"),
     ],

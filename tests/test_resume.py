@@ -84,14 +84,35 @@ def test_killed_twice_and_resumed_leaves_the_same_bytes(tiny, straight, tmp_path
 def test_a_corrupt_newest_checkpoint_costs_steps_and_no_numbers(tiny, straight, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(straight, run_dir)
-    for name in ("step_000008", "step_000006"):
-        state = run_dir / "checkpoints" / name / "state.safetensors"
-        if state.exists():
-            state.write_bytes(state.read_bytes()[:-1] + b"?")
+    state = run_dir / "checkpoints/step_000008/state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1] + b"?")
     (run_dir / "report.html").unlink()
     printed = finish(command(tiny, run_dir, "--resume"))
     assert "step_000008 is corrupt" in printed
+    assert "resumed from step_" in printed
     assert (run_dir / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(("damage", "what"), [("spoil", "damaged ones"), ("remove", "8 steps")])
+def test_a_run_without_a_valid_checkpoint_keeps_what_it_has(
+    straight, tmp_path, capsys, damage, what
+):
+    """To start over would remove it."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    for checkpoint in (run_dir / "checkpoints").iterdir():
+        if damage == "remove":
+            shutil.rmtree(checkpoint)
+        else:
+            (checkpoint / "manifest.json").write_text("{")
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--resume", "--run.dir", str(run_dir)])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert what in message
+    assert "start a new run with --run.dir DIR" in message
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
 
 def test_a_run_killed_before_its_report_gets_it(tiny, straight, tmp_path):

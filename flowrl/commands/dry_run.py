@@ -15,6 +15,7 @@ from flowrl.config import Config
 from flowrl.model_shape import check_split, read_shape
 from flowrl.models import base_model, hf_files
 from flowrl.parallel import Parallel
+from flowrl.run_dir import check_free
 from flowrl.schema import ConfigError
 from flowrl.settings import to_toml
 from flowrl.tasks import Task, build_task
@@ -45,9 +46,9 @@ def run(config: Config) -> None:
     else:
         size = base_model.model_size(config.model.path, config.base, task.alphabet or "")
         console.print(_memory_table(config, size, objective.needs))
-    state = "exists: continue it with --resume" if config.run_dir.exists() else "is free"
-    console.print(f"run directory {config.run_dir} {state}; kernels: "
-                  f"{assembly.kernel_backend(config)}", highlight=False)  # fmt: skip
+    console.print(f"kernels: {assembly.kernel_backend(config)}", highlight=False)
+    check_free(config.run_dir)
+    console.print(f"run directory {config.run_dir} is free", highlight=False)
 
 
 def is_elsewhere(config: Config) -> bool:

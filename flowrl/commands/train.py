@@ -63,12 +63,26 @@ def resume(run_path: Path, overrides: Mapping[str, Any]) -> None:
         else None
     )
     if found is None:
+        ranks.agree(lambda: _check_nothing_is_lost(run_path, config) if ranks.is_main else None)
         console.print(f"{run_path} has no checkpoint; starting from step 1", highlight=False)
     elif found.step == config.trainer.steps and not (run_path / "report.html").exists():
         return _finish(config, ranks, console)  # it was killed between its last step and the end
     else:
         _check_resumable(config, found, overrides)
     _train(config, ranks, found, is_new=False)
+
+
+def _check_nothing_is_lost(run_path: Path, config: Config) -> None:
+    """A run without a valid checkpoint begins again, which removes what it has: only where none was
+    due yet. Raises ConfigError elsewhere."""
+    damaged = sorted((run_path / "checkpoints").glob("step_*"))
+    done = len(read_run(run_path).train)
+    if damaged or done > max(config.checkpoint.every, 0):
+        what = f"{len(damaged)} damaged ones" if damaged else f"{done} steps without any"
+        raise ConfigError(
+            f"{run_path} has no valid checkpoint to resume from, but {what}, and starting over "
+            "would remove them; put the checkpoints back, or start a new run with --run.dir DIR"
+        )
 
 
 def resumed_config(recorded: Config, overrides: Mapping[str, Any]) -> Config:

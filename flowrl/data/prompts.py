@@ -34,8 +34,8 @@ def encode_prompts(
             )
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
             raise ConfigError(
-                f"{start} has characters outside the model's vocabulary; use a model whose "
-                "tokenizer covers the task: leave model.path empty to build one"
+                f"{start} has characters outside the model's vocabulary; set model.path to a model "
+                "whose tokenizer covers them (empty, for tasks that build their own)"
             )
         encoded.append(dataclasses.replace(prompt, token_ids=tuple(ids)))
     return encoded

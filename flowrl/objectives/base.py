@@ -104,6 +104,11 @@ class Objective(ABC):
         "old_pass" (`prepare` reads `old_logprobs`) and "kl_old_new" (`after_update` is called)."""
 
     @property
+    def compares_group(self) -> bool:
+        """Whether a prompt with one response teaches nothing of what the objective is about."""
+        return self.coupling == "group"
+
+    @property
     def beta(self) -> float | None:
         """Inverse temperature of the nominal target, prior exp(beta r) / Z with the prior of the
         fixed point (pi_ref, where there is none); or None."""

@@ -93,6 +93,10 @@ class PolicyGradient(Objective):
         return frozenset(needs)
 
     @property
+    def compares_group(self) -> bool:
+        return super().compares_group or (self.critic is None and self.advantage != "none")
+
+    @property
     def kl_coef(self) -> float:
         return self.settings.kl_coef
 

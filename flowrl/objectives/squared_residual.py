@@ -55,6 +55,10 @@ class SquaredResidual(Objective):
         return frozenset(needs)
 
     @property
+    def compares_group(self) -> bool:
+        return self.settings.log_z in OF_THE_GROUP or self.settings.reward == "zscore"
+
+    @property
     def beta(self) -> float | None:
         """None for z-scored rewards, whose effective gap depends on how many members are right, and
         for the old policy as anchor, which moves on until only the best answers are left."""

@@ -181,6 +181,8 @@ def _log_z(run: RunData) -> Plot | None:
     gap_steps, gap = series(run.train, "flow/log_z_gap")
     if not mean or steps != gap_steps:
         return None
+    if not any(gap):
+        return None  # the loss uses the group's own estimate
     group = [m - g for m, g in zip(mean, gap, strict=True)]
     return draw_panels(
         "log-z", "log Z and the group's own estimate",

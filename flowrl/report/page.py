@@ -191,7 +191,8 @@ def _samples(run: RunData) -> str:
     cards = "".join(_sample_card(step, read_lines(file)[0]) for step, file in _ends(files))
     return (
         f'<section id="samples"><h2>Sample responses</h2><div class="columns">{cards}</div>'
-        f'<p class="hint">All of them: <code>flowrl inspect {escape(str(run.path))}</code></p>'
+        '<p class="hint">Prompts and responses that are right come first. All of them: <code>'
+        f"flowrl inspect {escape(str(run.path))}</code></p>"
         "</section>\n"
     )
 
@@ -204,7 +205,8 @@ def _sample_card(step: int, rows: Iterable[Row]) -> str:
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.get("prompt_index"), []).append(row)
-    tables = "".join(_group_table(group) for group in list(groups.values())[:PROMPTS_SHOWN])
+    ordered = sorted(groups.values(), key=lambda group: not any(map(_is_right, group)))
+    tables = "".join(_group_table(group) for group in ordered[:PROMPTS_SHOWN])
     return f'<div class="card"><h3>Training step {step}</h3>{tables}</div>'
 
 
@@ -212,20 +214,24 @@ def _group_table(group: Sequence[Row]) -> str:
     rows = "".join(
         f"<tr><td><code>{escape(_clip(str(row.get('response', ''))))}</code></td>"
         f"<td>{row.get('reward', 0.0):.2f}</td><td>{_mark(row)}</td></tr>"
-        for row in group[:RESPONSES_SHOWN]
+        for row in sorted(group, key=lambda row: not _is_right(row))[:RESPONSES_SHOWN]
     )
     prompt = escape(_clip(str(group[0].get("prompt", ""))))
     return (
-        f'<table class="responses"><caption>Prompt <code>{prompt}</code>, first '
+        f'<table class="responses"><caption>Prompt <code>{prompt}</code>, '
         f"{min(RESPONSES_SHOWN, len(group))} of {len(group)}</caption><thead><tr>"
         f"<th>response</th><th>reward</th><th></th></tr></thead><tbody>{rows}</tbody></table>"
     )
 
 
+def _is_right(row: Row) -> bool:
+    return bool(row.get("correct"))
+
+
 def _mark(row: Row) -> str:
     if row.get("error"):
         return '<span class="tag worse">scorer failed</span>'
-    if row.get("correct"):
+    if _is_right(row):
         return '<span class="tag better">right</span>'
     return '<span class="tag plain">' + ("cut off" if row.get("truncated") else "wrong") + "</span>"
 
@@ -239,9 +245,23 @@ def _clip(text: str) -> str:
 # --- set-up
 
 
+def _resumes(resumes: Sequence[Row], started: Row) -> Row:
+    """How often the run was resumed, and what was another then than at its start."""
+    if not resumes:
+        return {}
+    changed = {
+        f"{name} when resumed": now[name]
+        for now in resumes
+        for name in now.keys() & started.keys()
+        if now[name] != started[name]
+    }
+    return {"resumed": f"{len(resumes)} times" if len(resumes) > 1 else "once", **changed}
+
+
 def _setup(run: RunData) -> str:
     environment = dict(run.environment)
     command = environment.pop("command", None)
+    environment |= _resumes(environment.pop("resumes", []), environment)
     told = f"<pre>{escape(str(command))}</pre>" if command else "<p>Not recorded.</p>"
     rows = "".join(
         f'<tr><th scope="row">{escape(name.replace("_", " "))}</th>'

@@ -97,7 +97,13 @@ def _build_from_file(path: Path, options: dict[str, Any]) -> Task:
         callable(getattr(module, "build", None)),
         f"{path} must define build(options: dict) -> Task; see docs/tasks.md",
     )
-    task = module.build(options)
+    try:
+        task = module.build(options)
+    except TypeError as error:
+        raise ConfigError(
+            f"build(options) of {path} failed: {error}; it takes the options alone, see "
+            "docs/tasks.md"
+        ) from error
     members = [m for m in (*Task.__annotations__, *vars(Task)) if not m.startswith("_")]
     missing = [m for m in members if not hasattr(task, m)]
     require(not missing, f"the task of {path} must have {', '.join(missing)}; see docs/tasks.md")

@@ -221,6 +221,30 @@ def test_setup_shows_config_command_and_environment(modular):
     assert "@media print" in text
 
 
+def test_a_resume_is_told_in_a_word_and_by_what_changed(tmp_path):
+    path = write_run(tmp_path / "resumed", steps=4)
+    environment = json.loads((path / "env.json").read_text())
+    environment["resumes"] = [{**environment, "threads": 1}]
+    (path / "env.json").write_text(json.dumps(environment))
+    setup = write_report(path).read_text().split('id="setup"')[1]
+    assert "resumed</th><td>once<" in setup
+    assert "threads when resumed</th><td>1<" in setup
+    assert setup.count("when resumed") == 1
+
+
+def test_right_responses_come_first(tmp_path):
+    path = write_run(tmp_path / "right", steps=4)
+    rows = [
+        {"step": 4, "prompt_index": index, "sample": sample, "prompt": f"p{index}",
+         "response": f"r{index}.{sample}", "reward": float(right), "correct": right}
+        for index in range(6) for sample in range(8) for right in [(index, sample) == (5, 7)]
+    ]  # fmt: skip
+    write_lines(path / "samples/step_000004.jsonl", rows)
+    shown = re.findall(r"<code>(r\d\.\d)</code>", write_report(path).read_text())
+    assert shown[shown.index("r5.7") :][:2] == ["r5.7", "r5.0"]
+    assert shown.index("r5.7") < shown.index("r0.0")
+
+
 def test_colours_follow_the_theme(modular):
     """A fixed dark ink would vanish on a dark page."""
     figures = re.findall(r"<svg.*?</svg>", modular[1], flags=re.DOTALL)

@@ -113,3 +113,10 @@ def test_files_that_define_no_task(tmp_path, source, message):
 def test_missing_file():
     with pytest.raises(ConfigError, match=r"task file not found: nowhere/mine\.py"):
         build_task("nowhere/mine.py", {}, 1.0)
+
+
+def test_a_build_with_the_signature_of_the_shipped_tasks_is_told(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text("def build(options, timeout_s):\n    return None\n")
+    with pytest.raises(ConfigError, match="takes the options alone, see docs/tasks.md"):
+        build_task(str(path), {}, 1.0)
