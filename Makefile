@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt CMakeLists.txt $(wil
 	  || { echo "flowrl needs Python 3.11 or newer; make install PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade "pip>=25" "setuptools>=77" wheel
-	-$(PIP) -c constraints.txt cmake ninja  # for the native operators, which are optional
+	-$(PIP) -c constraints.txt cmake ninja numpy  # for the native operators, which are optional
 	-if command -v nvcc >/dev/null; then $(PIP) --no-deps -c constraints.txt nvidia-cutlass; fi
 ifeq ($(TORCH),)
 	$(PIP) -c constraints.txt "torch==2.13.0+cpu" 2>/dev/null \
@@ -32,7 +32,8 @@ ifeq ($(TORCH),)
 else
 	$(PIP) "$(TORCH)"
 endif
-	$(PIP) -c constraints.txt --no-build-isolation -e ".[dev]"
+	# No warnings: of nvidia-cutlass only the headers are used, without what it requires.
+	$(PIP) -c constraints.txt --no-build-isolation --no-warn-conflicts -e ".[dev]"
 	@touch $@
 
 # Trains once; a run that was cut short goes on from its newest checkpoint.

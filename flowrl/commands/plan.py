@@ -25,7 +25,7 @@ from flowrl.plan import (
     make_plan,
     remedies,
 )
-from flowrl.schema import ConfigError, nearest
+from flowrl.schema import ConfigError, nearest, require
 from flowrl.trainer import check_layout
 
 
@@ -38,6 +38,8 @@ class Machine:
 
 def run(config: Config, machine: Machine) -> None:
     config, objective = assembly.resolve(config)
+    for flag, value in (("gpus", machine.num_gpus), ("response_tokens", machine.response_tokens)):
+        require(value >= 0, f"--{flag} must be at least 0, got {value}; leave it out")
     if machine.gpu not in GPUS:
         raise ConfigError(f"no rates of a GPU called {machine.gpu!r}{nearest(machine.gpu, GPUS)}")
     shape = model_shape(config)

@@ -42,8 +42,8 @@ def check_model_dir(path: Path) -> None:
     """Raises ConfigError unless `path` is a causal LM directory whose tokenizer fits the model."""
     require(
         path.is_dir(),
-        f"model directory not found: {path}; set model.path to a Hugging Face directory, "
-        "or leave it empty to build a base model",
+        f"model directory not found: {path}; set model.path to a Hugging Face directory on this "
+        "machine (nothing is downloaded: hf download), or leave it empty to build a base model",
     )
     require(
         (path / "config.json").is_file(),

@@ -66,8 +66,8 @@ class Options:
         path, _, function = self.scorer.rpartition(":")
         require(
             self.scorer == "exact" or (path.endswith(".py") and function.isidentifier()),
-            f"task.scorer must be exact or path/to/file.py:function, got {self.scorer!r}"
-            f"{nearest(self.scorer, ['exact'])}",
+            f"task.scorer must be exact or path/to/file.py:function, got {self.scorer!r}; write "
+            + (f"{self.scorer}:FUNCTION" if self.scorer.endswith(".py") else "exact"),
         )
         require(
             bool(self.answer_field) or self.scorer != "exact",

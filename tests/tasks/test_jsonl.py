@@ -92,7 +92,7 @@ def test_other_bad_input(tmp_path):
         ({"train": str(tmp_path / "no.jsonl")}, "cannot read .*no.jsonl: No such file"),
         ({"train": str(tmp_path)}, "cannot read"),
         ({"train": str(tmp_path / "latin.jsonl")}, "line 1: not valid UTF-8"),
-        ({"train": good, "scorer": "exakt"}, "task.scorer .* did you mean exact"),
+        ({"train": good, "scorer": "exakt"}, "task.scorer .* write exact"),
         ({"train": good, "scorer": "grade.py"}, "path/to/file.py:function"),
         ({"train": good, "scorer": "none.py:f"}, "file not found: none.py"),
         ({"train": good, "answer_field": ""}, "needs answers"),
