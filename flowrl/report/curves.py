@@ -181,7 +181,7 @@ def _log_z(run: RunData) -> Plot | None:
     gap_steps, gap = series(run.train, "flow/log_z_gap")
     if not mean or steps != gap_steps:
         return None
-    if not any(gap):
+    if max(map(abs, gap)) < 1e-6 * max(1.0, *map(abs, mean)):
         return None  # the loss uses the group's own estimate
     group = [m - g for m, g in zip(mean, gap, strict=True)]
     return draw_panels(

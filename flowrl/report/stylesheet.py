@@ -80,12 +80,13 @@ summary { cursor: pointer; padding: 4px 0; font-weight: 600; }
   th, td { padding: 8px 5px; }
   .headline table, .headline tbody, .headline tr { display: block; }
   .headline thead { display: none; }
-  .headline tr { display: grid; grid-template-columns: auto auto 1fr; gap: 2px 14px;
+  .headline tr { display: grid; grid-template-columns: auto auto 1fr; gap: 2px 8px;
     padding: 10px 0; border-bottom: 1px solid var(--rule); }
   .headline tr:last-child { border-bottom: 0; }
   .headline tbody th { grid-column: 1 / -1; padding: 0; border: 0; }
-  .headline td { padding: 2px 0; border: 0; text-align: left; }
-  .headline td::before { content: attr(data-label) " "; font-size: .8rem; color: var(--muted); }
+  .headline td { padding: 2px 0; border: 0; text-align: left; font-size: 1rem; }
+  .headline td::before { content: attr(data-label) " "; font-size: .75rem; color: var(--muted); }
+  .headline .tag { padding: 1px 4px; font-size: .75rem; }
   .headline td:last-child { text-align: right; }
   .headline td:last-child::before { content: ""; }
 }

@@ -245,6 +245,15 @@ def test_right_responses_come_first(tmp_path):
     assert shown.index("r5.7") < shown.index("r0.0")
 
 
+def test_log_z_of_the_group_itself_is_not_drawn(tmp_path):
+    drawn = write_report(write_run(tmp_path / "learned", steps=4)).read_text()
+    path = write_run(tmp_path / "group", steps=4)
+    rows = metric_rows(path, "train")
+    write_lines(path / "metrics.jsonl", [{**row, "flow/log_z_gap": 1e-9} for row in rows])
+    assert "own estimate" in drawn
+    assert "own estimate" not in write_report(path).read_text()
+
+
 def test_colours_follow_the_theme(modular):
     """A fixed dark ink would vanish on a dark page."""
     figures = re.findall(r"<svg.*?</svg>", modular[1], flags=re.DOTALL)
