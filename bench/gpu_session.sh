@@ -5,17 +5,17 @@
 #   bench/gpu_session.sh OUT [WHEELS] [PART ...]
 #
 # WHEELS: folder of wheels (pytest and peers); each is installed on its own, without dependencies,
-# and one that does not install is noted and left out. The CUDA operators are built here with nvcc, a
-# C++ compiler and, here or among WHEELS, nvidia-cutlass, cmake, ninja and setuptools >= 77; without
+# and one that does not install is noted and left out. The CUDA operators are built here with nvcc,
+# a C++ compiler and, here or among WHEELS, nvidia-cutlass, cmake, ninja, setuptools >= 77; without
 # nvcc or CUTLASS a library that was built elsewhere (kernels/flowrl_kernels/_C.abi3.so) is taken as
 # it is.
 # PART: build tests cuda tune forward_7b forward_7b_1024 forward_7b_9000 forward_32b logprobs_7b
-# loss_7b loss_32b loss_peaked balance sanitize racecheck aot cuda_code; without any, all. Each part
-# ends within 10 minutes; the last two need no GPU.
+# loss_7b loss_32b loss_peaked balance sanitize racecheck aot cuda_code; without any, all. Each
+# process ends within 10 minutes; tests (5 files) and cuda (2) have one for each file.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 if [ $# -lt 1 ]; then
-  sed -n '2,12p' "$0"
+  sed -n '2,17p' "$0"
   exit 2
 fi
 mkdir -p "$1"

@@ -74,9 +74,8 @@ def run(folder: Path, options: argparse.Namespace) -> tuple[dict[str, list[float
     sampler = VLLMSampler(folder, tokenizer, torch.float32, start, limits)
     seconds: dict[str, list[float]] = {name: [] for name in TRANSPORTS}
     try:
-        for repeat in range(
-            -1, options.repeats
-        ):  # the first round meets, allocates and is not kept
+        # The first round meets and allocates, and is not kept.
+        for repeat in range(-1, options.repeats):
             for transport in TRANSPORTS:
                 sampler.options = dataclasses.replace(limits, transport=transport)
                 began = time.perf_counter()

@@ -189,9 +189,15 @@ def _rotary(given: Mapping[str, Any], where: str) -> tuple[float, float | None]:
     return theta, float(rope["factor"])
 
 
-def check_fp8(shape: ModelShape, parallel: ParallelConfig) -> None:
-    """Raises ConfigError where a matrix of a tensor rank has a side that FP8 products do not take:
-    they want multiples of 16."""
+FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+"""What divides the sides of a matrix, and the tokens on a tensor rank, that each of Transformer
+Engine's recipes multiplies in FP8."""
+
+
+def check_fp8(shape: ModelShape, parallel: ParallelConfig, recipe: str) -> None:
+    """Raises ConfigError where a matrix of a tensor rank has a side that the recipe does not
+    take."""
+    multiple = FP8_MULTIPLES[recipe]
     sides = {
         "hidden_size": shape.hidden_size,
         "attention heads * head_dim": shape.queries_width // parallel.tensor,
@@ -200,9 +206,10 @@ def check_fp8(shape: ModelShape, parallel: ParallelConfig) -> None:
     }
     for name, side in sides.items():
         require(
-            side % 16 == 0,
-            f"FP8 products take sides that 16 divides, got {name} of {side} on each of "
-            f"{parallel.tensor} tensor ranks; set model.fp8=off or a lower parallel.tensor",
+            side % multiple == 0,
+            f"model.fp8_recipe={recipe} takes sides that {multiple} divides, got {name} of {side} "
+            f"on each of {parallel.tensor} tensor ranks; set model.fp8=off or a lower "
+            "parallel.tensor",
         )
 
 

@@ -132,7 +132,7 @@ class Parallel:
 def _attempt(action: Callable[[], Value]) -> tuple[Value | None, Exception | None]:
     try:
         return action(), None
-    except (ValueError, RuntimeError, OSError) as raised:
+    except Exception as raised:  # whoever calls it raises it, on all ranks
         return None, raised
 
 
@@ -160,8 +160,9 @@ def start(
 
 
 def _own_gpu(local_rank: int, visible: int) -> int:
-    """Raises ConfigError where the node has more processes than GPUs."""
-    if visible == 1:  # some launchers show each process its own GPU alone
+    """Raises ConfigError where a process sees GPUs, but not its own. A single one is taken for its
+    own: some launchers show each process no other; NCCL refuses two processes on one."""
+    if visible == 1:
         return 0
     if local_rank >= visible:
         raise ConfigError(

@@ -227,14 +227,17 @@ def _activation_bytes(config: Config, shape: ModelShape, width: int) -> float:
 
 
 def _host_bytes(config: Config, shape: ModelShape, given: Assumptions) -> dict[str, float]:
+    sleeping = {
+        "a sleeping engine's weights": engine_weights(config, shape) * config.rollout.sleep,
+    }
     if config.model.backend != "megatron":
-        return {}
+        return sleeping
     width = 2 if config.model.dtype == "bfloat16" else 4
     count = max(_stage_parameters(config, shape))
     swaps = "ref" in given.needs and config.parallel.reference == "swap"
     return {
         "reference, and the policy in its place": 2.0 * width * count * swaps,
-        "a sleeping engine's weights": engine_weights(config, shape) * config.rollout.sleep,
+        **sleeping,
         "weights and moments, while a checkpoint is written": 12.0 * count,
     }
 

@@ -88,13 +88,15 @@ class RolloutConfig:
     sync_bucket_mb: int = 256
     """Weights are sent in buckets of about this size, in MiB."""
     sync_checked_tensors: int = 64
-    """Tensors whose checksum is compared after each transfer; others have their turn later."""
+    """Matrices whose checksum is compared after each transfer, and all vectors; the other matrices
+    have their turn later."""
     sync_transport: Literal["auto", "files", "ipc", "broadcast"] = "auto"
     """How weights travel: as files in shared memory, by vLLM's CUDA IPC transfer, or by broadcast
     to the engine's workers (gloo on CPUs, NCCL between GPUs).
-    auto: ipc where trainer and engine share one GPU, files elsewhere."""
+    auto: ipc where trainer and engine share one GPU whose allocator has no expandable segments,
+    files elsewhere."""
     tensor_parallel_size: int = 1
-    """GPUs that share one engine."""
+    """GPUs that share one engine; on a CPU, workers."""
     gpu_memory_utilization: float = 0.5
     """Share of a GPU's memory that vLLM takes; the trainer lives on the rest."""
     kv_cache_gb: float = 1.0
@@ -212,11 +214,15 @@ class RolloutConfig:
 
     @property
     def longest_wait_s(self) -> float:
-        """Longest time that one call of the engine may take, restarts included; 0 without one."""
+        """Longest time that other ranks may wait while one waits for its engine, restarts included;
+        0 without one."""
         if self.engine != "vllm":
             return 0.0
         start, generate, sync = self.start_timeout_s, self.generate_timeout_s, self.sync_timeout_s
-        return max(start, generate, sync) + self.restart * (start + generate + sync)
+        asleep = 2 * sync * self.sleep  # to wake, and to sleep again
+        ahead = max(1, self.max_staleness)  # generations that weights wait for
+        longest = max(start, ahead * (generate + asleep) + sync)
+        return longest + self.restart * (start + generate + sync)
 
     def by_transformers(self) -> RolloutConfig:
         """The same distribution without an engine to start."""

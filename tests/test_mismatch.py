@@ -149,8 +149,11 @@ def test_other_ranks_wait_as_long_as_an_engine_may_take():
     once = RolloutConfig(
         engine="vllm", start_timeout_s=100, generate_timeout_s=7200, sync_timeout_s=10
     )
-    assert once.longest_wait_s == 7200
-    assert dataclasses.replace(once, restart=2).longest_wait_s == 7200 + 2 * 7310
+    assert once.longest_wait_s == 7210
+    assert dataclasses.replace(once, start_timeout_s=9000).longest_wait_s == 9000
+    assert dataclasses.replace(once, sleep=True).longest_wait_s == 7230
+    assert dataclasses.replace(once, max_staleness=2).longest_wait_s == 14410
+    assert dataclasses.replace(once, restart=2).longest_wait_s == 7210 + 2 * 7310
     assert RolloutConfig().longest_wait_s == 0
 
 

@@ -175,11 +175,11 @@ def test_settings_that_nothing_would_read_are_refused(settings, message):
 
 
 def test_matrices_that_fp8_does_not_take_are_refused():
-    check_fp8(read_shape("qwen2.5-7b"), ParallelConfig(tensor=4))
-    check_fp8(read_shape("qwen2.5-32b"), ParallelConfig(tensor=8))
+    check_fp8(read_shape("qwen2.5-7b"), ParallelConfig(tensor=4), "blockwise")
+    check_fp8(read_shape("qwen2.5-32b"), ParallelConfig(tensor=8), "blockwise")
     narrow = dataclasses.replace(read_shape("qwen2.5-7b"), intermediate_size=18944 + 32)
     with pytest.raises(ConfigError, match="intermediate_size of 4744 on each of 4"):
-        check_fp8(narrow, ParallelConfig(tensor=4))
+        check_fp8(narrow, ParallelConfig(tensor=4), "tensorwise")
 
 
 def test_processes_that_make_no_whole_replica_are_refused():

@@ -29,9 +29,9 @@ using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
 // How tiles are taken, so that the weight passes by once for as many rows as L2 holds.
 //
 // Rows that all stay in L2: a column of tiles after the other. More of them: groups of
-// max_swizzle_size clusters of row blocks, each along the vocabulary. CUTLASS rounds row blocks up to
-// whole groups, columns of tiles too, and multiplies what is beyond the last row for nothing: the
-// largest group that costs no more than a sixteenth.
+// max_swizzle_size clusters of row blocks, each along the vocabulary. CUTLASS rounds row blocks up
+// to whole groups, columns of tiles too, and multiplies what is beyond the last row for nothing:
+// the largest group that costs no more than a sixteenth.
 constexpr int64_t kRowBytesInL2 = int64_t{32} << 20;
 
 constexpr int64_t round_up(int64_t count, int64_t multiple) {

@@ -38,7 +38,8 @@ MAY_CHANGE = {
     "rollout.mode", "rollout.server_python", "rollout.server_address", "rollout.server_token_file",
     "rollout.restart", "rollout.start_timeout_s",
     "rollout.generate_timeout_s", "rollout.sync_timeout_s", "rollout.sync_bucket_mb",
-    "rollout.sync_checked_tensors", "rollout.kv_cache_gb", "rollout.gpu_memory_utilization",
+    "rollout.sync_checked_tensors", "rollout.sync_transport",
+    "rollout.kv_cache_gb", "rollout.gpu_memory_utilization",
 }  # fmt: skip
 
 
@@ -53,7 +54,8 @@ def run(config: Config) -> None:
 
 def resume(run_path: Path, overrides: Mapping[str, Any]) -> None:
     """Continues a run from its newest valid checkpoint, or from the start if it has none."""
-    config = assembly.resolve(resumed_config(read_config(run_path), overrides))[0]
+    recorded = read_config(run_path)
+    config = assembly.resolve(resumed_config(recorded, overrides))[0]
     ranks = parallel.start(config.model.device, config.parallel, config.rollout.longest_wait_s)
     check_layout(config, ranks)
     console = Console(quiet=not ranks.is_main, soft_wrap=True)
@@ -63,7 +65,7 @@ def resume(run_path: Path, overrides: Mapping[str, Any]) -> None:
         else None
     )
     if found is None:
-        ranks.agree(lambda: _check_nothing_is_lost(run_path, config) if ranks.is_main else None)
+        ranks.agree(lambda: _check_nothing_is_lost(run_path, recorded) if ranks.is_main else None)
         console.print(f"{run_path} has no checkpoint; starting from step 1", highlight=False)
     elif found.step == config.trainer.steps and not (run_path / "report.html").exists():
         return _finish(config, ranks, console)  # it was killed between its last step and the end
@@ -72,12 +74,12 @@ def resume(run_path: Path, overrides: Mapping[str, Any]) -> None:
     _train(config, ranks, found, is_new=False)
 
 
-def _check_nothing_is_lost(run_path: Path, config: Config) -> None:
+def _check_nothing_is_lost(run_path: Path, recorded: Config) -> None:
     """A run without a valid checkpoint begins again, which removes what it has: only where none was
     due yet. Raises ConfigError elsewhere."""
     damaged = sorted((run_path / "checkpoints").glob("step_*"))
     done = len(read_run(run_path).train)
-    if damaged or done > max(config.checkpoint.every, 0):
+    if damaged or done > max(recorded.checkpoint.every, 0):
         what = f"{len(damaged)} damaged ones" if damaged else f"{done} steps without any"
         raise ConfigError(
             f"{run_path} has no valid checkpoint to resume from, but {what}, and starting over "

@@ -19,6 +19,7 @@ from flowrl_kernels import linear_logprobs, linear_policy_loss
 from torch import Tensor
 
 from flowrl.config import Config
+from flowrl.model_shape import FP8_MULTIPLES
 from flowrl.models import LossOutput, Microbatch, TokenScores, UpdateInfo
 from flowrl.models import megatron_checkpoint as checkpoint
 from flowrl.models.head_objective import chunk_objective
@@ -28,7 +29,7 @@ from flowrl.models.log_z import dropout_keys
 from flowrl.models.megatron_cpu_shim import on_cpu
 from flowrl.models.megatron_optimizer import PolicyOptimizer
 from flowrl.models.megatron_policy import SplitPolicy
-from flowrl.models.megatron_schedule import FP8_ROWS, Job, run
+from flowrl.models.megatron_schedule import Job, run
 from flowrl.objectives.base import Objective, TrustRegion
 from flowrl.parallel import Parallel
 from flowrl.records import PackedBatch
@@ -139,7 +140,7 @@ class MegatronBackend:
     def _run(self, chunks: Sequence[Any], jobs: Sequence[Job], forward_only: bool) -> list[Any]:
         multiple = self.config.parallel.tensor if self.config.parallel.sequence else 1
         if self.config.model.fp8 != "off":
-            multiple *= FP8_ROWS[self.config.model.fp8_recipe]
+            multiple *= FP8_MULTIPLES[self.config.model.fp8_recipe]
         return run(chunks, jobs, multiple, forward_only=forward_only)
 
     @property

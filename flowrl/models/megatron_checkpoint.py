@@ -38,7 +38,7 @@ class CheckpointMismatchError(OSError):
 Described = dict[str, dict[str, Any]]  # by parameter: "param" and moments, with data and place
 Parameter = tuple[str, Tensor, Any]  # name on this process, parameter, place in the whole model
 REFERENCE = "reference"
-PART_ELEMENTS = 1 << 30  # numbers that are read at once, 4 GB in float32
+PART_ELEMENTS = 1 << 30  # numbers that are read at once, 4 GB in float32; layers stay together
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,19 @@ def save(directory: Path, contents: Contents) -> None:
     filesystem_async._results_queue = queue.Queue()
     writer = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
     dist_checkpointing.save({"state": written}, str(directory), writer)
+    wrong: list[str] = []
     try:
         for key, _, name, found in _read(directory, contents):
             if not torch.equal(sent[key][name], found):
-                raise CheckpointMismatchError(
-                    f"{name} of {key} reads back differently from how it was written to {directory}"
-                )
+                wrong.append(f"{name} of {key}")  # read on: the others wait for this process
     except (RuntimeError, ValueError, CheckpointingException, CheckpointException) as error:
         raise CheckpointMismatchError(
             f"what was written to {directory} cannot be read back: {str(error).splitlines()[0]}"
         ) from error
+    if wrong:
+        raise CheckpointMismatchError(
+            f"{wrong[0]} reads back differently from how it was written to {directory}"
+        )
 
 
 def load(directory: Path, contents: Contents) -> None:
@@ -139,11 +142,12 @@ def _parts(contents: Contents) -> list[list[tuple[Parameter, str]]]:
     parts: list[list[tuple[Parameter, str]]] = []
     size = PART_ELEMENTS
     for entries in together.values():
-        if size >= PART_ELEMENTS:
+        count = sum(param.numel() for (_, param, _), _ in entries)
+        if size + count > PART_ELEMENTS:
             parts.append([])
             size = 0
         parts[-1] += entries
-        size += sum(param.numel() for (_, param, _), _ in entries)
+        size += count
     return parts
 
 

@@ -41,7 +41,7 @@ class SplitPolicy:
         self.shape = read_shape(model_dir)
         check_split(self.shape, split)
         if config.model.fp8 != "off":
-            check_fp8(self.shape, split)
+            check_fp8(self.shape, split, config.model.fp8_recipe)
         self.layout = weights.Layout(
             self.shape, split.tensor, split.pipeline, split.virtual_pipeline
         )

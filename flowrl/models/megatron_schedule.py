@@ -16,9 +16,6 @@ from torch import Tensor
 from flowrl.models.megatron_model import HeadUse
 from flowrl.records import PackedBatch, ragged_arange
 
-FP8_ROWS = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
-"""The multiple of tokens on a tensor rank that each recipe's FP8 products take."""
-
 
 @dataclass(frozen=True)
 class Job:

@@ -252,8 +252,8 @@ def _resumes(resumes: Sequence[Row], started: Row) -> Row:
     changed = {
         f"{name} when resumed": now[name]
         for now in resumes
-        for name in now.keys() & started.keys()
-        if now[name] != started[name]
+        for name, value in started.items()
+        if name in now and now[name] != value
     }
     return {"resumed": f"{len(resumes)} times" if len(resumes) > 1 else "once", **changed}
 

@@ -29,6 +29,7 @@ from flowrl.rollout.owned_folder import OwnedFolder
 
 SHARED_MEMORY = Path("/dev/shm")
 CPU_BATCH_TOKENS = 4096  # prompt tokens that one pass takes
+CPUS_OF_WORKERS = "VLLM_CPU_OMP_THREADS_BIND"
 WORKER_EXTENSION = "flowrl.rollout.vllm_worker.WorkerExtension"
 
 
@@ -154,7 +155,7 @@ class VLLMEngine:
         described: Sequence[tuple[str, str, list[int]]] = message.fields["tensors"]
         bucket: dict[str, torch.Tensor] = {}
         for name, dtype, shape in described:
-            raw = torch.frombuffer(bytearray(message.arrays[name].tobytes()), dtype=torch.uint8)
+            raw = torch.from_numpy(message.arrays[name])  # bytes, in the message's own memory
             bucket[name] = raw.view(getattr(torch, dtype)).reshape(shape)
         check_room(self.weights_dir, sum(tensor.nbytes for tensor in bucket.values()))
         number = len(list(self.weights_dir.iterdir()))
@@ -241,9 +242,9 @@ def _set_environment(settings: EngineSettings) -> None:
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     if settings.device == "cpu":
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = f"{settings.kv_cache_gb:g}"
-        if settings.tensor_parallel_size > 1:  # by itself vLLM wants a NUMA node for each worker
-            found = shares_of_cpus(os.sched_getaffinity(0), settings.tensor_parallel_size)
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", found)
+        workers = settings.tensor_parallel_size
+        if workers > 1 and CPUS_OF_WORKERS not in os.environ:  # vLLM: a NUMA node for each
+            os.environ[CPUS_OF_WORKERS] = shares_of_cpus(os.sched_getaffinity(0), workers)
     if settings.ipc:  # the handles are pickled by this run's own trainer
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
 

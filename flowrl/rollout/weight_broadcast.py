@@ -155,12 +155,12 @@ class Broadcast:
         store = c10d.TCPStore(host, 0, workers + 1, True, timeout, wait_for_workers=False)
         meeting = Meeting(host, store.port, workers + 1, timeout_s)
         made: list[WeightGroup] = []
-        failed: list[RuntimeError] = []
+        failed: list[Exception] = []
 
         def meet() -> None:
             try:
                 made.append(WeightGroup(meeting, 0, device, store))
-            except RuntimeError as error:
+            except Exception as error:  # raised below
                 failed.append(error)
 
         thread = threading.Thread(target=meet, daemon=True, name="flowrl-meets-workers")
@@ -176,8 +176,8 @@ class Broadcast:
         buckets: Iterator[Sequence[tuple[str, Tensor]]],
         call: Callable[[str, dict[str, Any]], None],
     ) -> None:
-        """Sends all buckets while the engine receives them. Raises what `call` raises, and what
-        `buckets` raises, after which the engine is without whole weights."""
+        """Sends all buckets while the engine receives them. Raises what `buckets` raises, and else
+        what `call` raises; then the engine is without whole weights."""
         failed: list[Exception] = []
 
         def receive() -> None:
@@ -190,17 +190,29 @@ class Broadcast:
         thread = threading.Thread(target=receive, daemon=True, name="flowrl-engine-receives")
         thread.start()
         try:
-            for bucket in buckets:
-                self._group.send(bucket)
-            self._group.end()
-        except BaseException:
-            if not failed:
-                with contextlib.suppress(RuntimeError):
-                    self._group.give_up()
+            broken = self._send_all(buckets)
+        except BaseException:  # of `buckets`, or an interrupt: the caller's own
+            _attempt(self._group.give_up)
             thread.join()
-            if failed:
-                raise failed[0] from None
             raise
         thread.join()
         if failed:
-            raise failed[0]
+            raise failed[0] from broken
+        if broken is not None:
+            raise EngineError(f"weights could not be broadcast: {broken}") from broken
+
+    def _send_all(self, buckets: Iterator[Sequence[tuple[str, Tensor]]]) -> RuntimeError | None:
+        """What ended the broadcasts early, if anything did."""
+        for bucket in buckets:
+            broken = _attempt(self._group.send, bucket)
+            if broken is not None:
+                return broken
+        return _attempt(self._group.end)
+
+
+def _attempt(action: Callable[..., None], *arguments: Any) -> RuntimeError | None:
+    try:
+        action(*arguments)
+    except RuntimeError as error:
+        return error
+    return None

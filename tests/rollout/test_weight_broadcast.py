@@ -100,6 +100,7 @@ def test_a_trainer_that_fails_half_way_tells_the_workers():
             workers.call(operation, fields)
         except RuntimeError as error:
             failures.append(str(error))
+            raise EngineError("its core failed") from error
 
     def buckets():
         yield from in_buckets(dict(list(WEIGHTS.items())[:2]))

@@ -109,7 +109,9 @@ def _head_fwd_kernel(
     for tile in tl.range(
         tl.program_id(0), num_row_blocks * num_tiles_v, tl.num_programs(0), flatten=FLATTEN
     ):
-        row_block, tile_v = _tile_position(tile, num_row_blocks, num_tiles_v, GROUP_T)  # type: ignore
+        row_block, tile_v = _tile_position(  # type: ignore
+            tile, num_row_blocks, num_tiles_v, GROUP_T
+        )
         row_start, column_start = row_block * BLOCK_T, tile_v * BLOCK_V
         acc = _product(
             x, w, row_start, column_start, num_rows, num_columns, dim, x_stride, w_stride,
