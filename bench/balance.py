@@ -52,13 +52,14 @@ def evaluate(batch: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **found}
 
 
-def run(device: torch.device, repeats: int, names: str) -> tuple[list[Any], dict[str, Any]]:
+def run(device: torch.device, repeats: int, names: str, rows: list[Any]) -> dict[str, Any]:
+    """Appends to `rows`; says what was measured."""
     from bench.run import Row, wanted
 
     batch = make(device)
     exact = {k: x.double() if x.is_floating_point() else x for k, x in batch.items()}
     truth = evaluate(exact, "reference")
-    rows, steps = [], {}
+    steps = {}
     for backend in backends.implemented("trajectory_balance"):
         row = Row(f"flowrl {backend}")
         if not wanted(row.provider, names):
@@ -87,5 +88,4 @@ def run(device: torch.device, repeats: int, names: str) -> tuple[list[Any], dict
     for row in rows:
         row.timing = timings.get(row.provider)
     num_tokens = batch["logprobs"].numel()
-    about = {"tokens": num_tokens, "sequences": NUM_SEQUENCES, "bytes": bytes_moved(num_tokens)}
-    return rows, about
+    return {"tokens": num_tokens, "sequences": NUM_SEQUENCES, "bytes": bytes_moved(num_tokens)}

@@ -76,30 +76,34 @@ def main(arguments: list[str]) -> int:
         "repeats": options.repeats,
         "machine": measure.machine(device),
     }
-    if options.benchmark == "trajectory_balance":
-        rows, about = balance.run(device, options.repeats, options.providers)
-    else:
-        shape = Shape.parse(options.shape)
-        rows = run(options, shape, dtype, device)
-        about = {"shape": asdict(shape), "dtype": str(dtype).removeprefix("torch.")}
-        about["pass"] = options.passes
-    record |= about
-    print_table(record, rows)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        record["providers"] = [asdict(row) for row in rows]
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    rows: list[Row] = []
+    try:
+        if options.benchmark == "trajectory_balance":
+            record |= balance.run(device, options.repeats, options.providers, rows)
+        else:
+            shape = Shape.parse(options.shape)
+            record |= {"shape": asdict(shape), "dtype": str(dtype).removeprefix("torch.")}
+            record["pass"] = options.passes
+            run(options, shape, dtype, device, rows)
+        print_table(record, rows)
+    finally:  # also what was measured before the device was lost
+        if options.json and rows:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            record["providers"] = [asdict(row) for row in rows]
+            options.json.write_text(json.dumps(record, indent=1) + "\n")
     return int(any(row.wrong for row in rows if row.provider.startswith("flowrl")))
 
 
 def run(
-    options: argparse.Namespace, shape: Shape, dtype: torch.dtype, device: torch.device
-) -> list[Row]:
+    options: argparse.Namespace, shape: Shape, dtype: torch.dtype, device: torch.device,
+    rows: list[Row],
+) -> None:  # fmt: skip
+    """Appends to `rows`."""
     backward = options.passes == "both"
     problem = make(shape, dtype, device, options.inputs)
     truth = solve(problem, mean=options.benchmark == "linear_logprobs")
     steps: dict[str, Step] = {GEMM: measure.bare_products(problem, backward)}
-    rows = [Row(GEMM)]
+    rows.append(Row(GEMM))
     for name, provider in providers(options.benchmark, backward).items():
         if not wanted(name, options.providers):
             continue
@@ -118,7 +122,6 @@ def run(
         if row.timing is not None:
             row.tflops = round(shape.flops(backward) / row.timing.median_ms / 1e9, 4)
             row.of_gemm = round(bare / row.timing.median_ms, 4)
-    return rows
 
 
 def wanted(name: str, providers: str) -> bool:

@@ -144,6 +144,19 @@ def test_a_peer_that_breaks_is_skipped_and_ours_is_wrong():
     assert row.wrong == "RuntimeError: no such kernel"
 
 
+def test_what_was_measured_before_a_crash_is_written(monkeypatch, tmp_path):
+    def lost(*arguments):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(run.measure, "interleaved", lost)
+    arguments = ["policy_loss", "--shape", "64x16x50", "--providers", "=torch", "--device", "cpu"]
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        run.main([*arguments, "--json", str(tmp_path / "out.json")])
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert [row["provider"] for row in record["providers"]] == ["bare products", "torch"]
+    assert record["providers"][1]["errors"]["dhidden"] < 1e-4
+
+
 def test_only_what_says_that_it_is_inexact_has_a_wider_gate():
     problem = problems.make(TINY, torch.bfloat16, CPU, "random")
     truth = problems.solve(problem, mean=True)
