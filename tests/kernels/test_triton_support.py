@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from flowrl_kernels import triton_support
@@ -16,7 +18,15 @@ def with_triton(monkeypatch):
     """As if triton were installed, the interpreter off, and a Hopper GPU there."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(triton_support, "find_spec", lambda name: object())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    on_gpu(monkeypatch, (9, 0))
+
+
+def on_gpu(monkeypatch, capability):
+    """With that GPU's shared memory of a block: an A100 has 163 KiB."""
+    shared = (227 if capability[0] == 9 else 163) << 10
+    properties = SimpleNamespace(shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +34,8 @@ def with_triton(monkeypatch):
     [
         (CUDA, torch.bfloat16, "", (9, 0), None),
         (CUDA, torch.bfloat16, "", (7, 5), "compute capability 8.0 or newer, not 7.5"),
+        (CUDA, torch.bfloat16, "", (8, 0), "this GPU has 163 KiB a block"),
+        (CUDA, torch.float32, "", (8, 0), None),
         (CUDA, torch.float64, "", (9, 0), "takes float32, bfloat16 and float16, not"),
         (CUDA, torch.float32, "1", (9, 0), "is for tensors on a CPU"),
         (CPU, torch.float32, "1", (9, 0), None),
@@ -31,7 +43,7 @@ def with_triton(monkeypatch):
     ],
 )
 def test_refusals(monkeypatch, device, dtype, interpret, capability, reason):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    on_gpu(monkeypatch, capability)
     if interpret:
         monkeypatch.setenv("TRITON_INTERPRET", interpret)
     refusal = triton_support.refusal(Call(device, dtype))
