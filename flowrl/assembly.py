@@ -23,6 +23,7 @@ from flowrl.objectives.base import Objective
 from flowrl.parallel import Parallel
 from flowrl.replica import ReplicaSampler, ReplicaTask
 from flowrl.rollout import Sampler, build_sampler
+from flowrl.rollout_config import RolloutConfig
 from flowrl.schema import ConfigError, nearest
 from flowrl.staleness import AheadSampler, ReplicaAheadSampler
 from flowrl.step_config import StepsConfig
@@ -254,9 +255,12 @@ def _build_sampler(
     )
 
 
-def _sampler(build: Callable[[], Sampler], ahead: bool, parallel: Parallel) -> Sampler:
+def _sampler(build: Callable[[], Sampler], rollout: RolloutConfig, parallel: Parallel) -> Sampler:
+    ahead = rollout.max_staleness > 0
     if parallel.model_size > 1:
-        return (ReplicaAheadSampler if ahead else ReplicaSampler)(build, parallel)
+        makes_room = rollout.sleep or rollout.restart > 0
+        kind = ReplicaAheadSampler if ahead else ReplicaSampler
+        return kind(build, parallel, makes_room=makes_room)
     return AheadSampler(build(), parallel.device) if ahead else build()
 
 
@@ -282,7 +286,7 @@ def assemble(config: Config, parallel: Parallel, say: Callable[[str], None]) -> 
     def sampler_of_one() -> Sampler:
         return _build_sampler(config, objective, task, directory, tokenizer, parallel)
 
-    sampler = _sampler(sampler_of_one, config.rollout.max_staleness > 0, parallel)
+    sampler = _sampler(sampler_of_one, config.rollout, parallel)
     if parallel.model_size > 1:
         task = cast(Task, ReplicaTask(task, parallel))
     try:

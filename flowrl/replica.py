@@ -19,10 +19,14 @@ from flowrl.tasks import Task
 
 
 class ReplicaSampler:
-    """A sampler on the replica's first process, for all of it. See `Sampler`."""
+    """A sampler on the replica's first process, for all of it. See `Sampler`. `makes_room`: its
+    engine wakes, or starts again, on the GPUs of all these processes."""
 
-    def __init__(self, build: Callable[[], Sampler], parallel: Parallel) -> None:
+    def __init__(
+        self, build: Callable[[], Sampler], parallel: Parallel, *, makes_room: bool = False
+    ) -> None:
         self._parallel = parallel
+        self._makes_room = makes_room
         self._sampler: Sampler | None = None
 
         def keep() -> None:
@@ -54,10 +58,10 @@ class ReplicaSampler:
             self._sampler.close()
 
     def _release(self) -> None:
-        """An engine may wake on the GPUs of all these processes: all of them give back first what
-        torch holds in reserve."""
-        release_cached()
-        self._parallel.model_barrier()
+        """All of them give back first what torch holds in reserve."""
+        if self._makes_room:
+            release_cached()
+            self._parallel.model_barrier()
 
     @property
     def _own(self) -> Sampler:

@@ -64,8 +64,13 @@ class ReplicaAheadSampler(ReplicaSampler):
     """An AheadSampler on the replica's first process, for all of it. Its thread generates while the
     replica trains, and goes through the weights' collectives while that process waits for it."""
 
-    def __init__(self, build: Callable[[], Sampler], parallel: Parallel) -> None:
-        super().__init__(lambda: AheadSampler(build(), parallel.device), parallel)
+    def __init__(
+        self, build: Callable[[], Sampler], parallel: Parallel, *, makes_room: bool = False
+    ) -> None:
+        def ahead() -> Sampler:
+            return AheadSampler(build(), parallel.device)
+
+        super().__init__(ahead, parallel, makes_room=makes_room)
         self.policy_version = 0  # of the weights loaded last
 
     def prefetch(self, request: SampleRequest) -> None:
