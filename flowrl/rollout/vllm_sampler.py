@@ -33,7 +33,7 @@ from flowrl.rollout.engine_protocol import (
 )
 from flowrl.rollout.gpu_memory import release_cached
 from flowrl.rollout.noise import stream_keys
-from flowrl.rollout.weight_broadcast import Broadcast
+from flowrl.rollout.weight_broadcast import Broadcast, described
 from flowrl.rollout.weight_check import compare, sampled
 from flowrl.schema import require
 
@@ -343,11 +343,10 @@ def _buckets(
 
 
 def _file_message(bucket: Sequence[tuple[str, Tensor]]) -> Message:
-    described = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in bucket]
     arrays = {
         name: t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for name, t in bucket
     }
-    return Message("weights", {"tensors": described}, arrays)
+    return Message("weights", {"tensors": described(bucket)}, arrays)
 
 
 def _ipc_message(bucket: Sequence[tuple[str, Tensor]]) -> Message:

@@ -67,10 +67,9 @@ class WeightGroup:
             self._group = c10d.ProcessGroupNCCL(*place, options)
 
     def send(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
-        described = [
-            (name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in bucket
-        ]
-        text = torch.frombuffer(bytearray(json.dumps(described).encode()), dtype=torch.uint8)
+        text = torch.frombuffer(
+            bytearray(json.dumps(described(bucket)).encode()), dtype=torch.uint8
+        )
         pieces = [text, *(t.detach().contiguous().view(-1).view(torch.uint8) for _, t in bucket)]
         body = torch.empty(sum(map(_padded, pieces)), dtype=torch.uint8, device=self.device)
         start = 0
@@ -112,6 +111,11 @@ class WeightGroup:
 
     def _broadcast(self, tensor: Tensor) -> None:
         self._group.broadcast(tensor, 0).wait()
+
+
+def described(bucket: Sequence[tuple[str, Tensor]]) -> list[tuple[str, str, list[int]]]:
+    """(name, dtype, shape) of each tensor, as JSON can hold them."""
+    return [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in bucket]
 
 
 def _padded(piece: Tensor) -> int:
