@@ -46,7 +46,8 @@ void multiply(const ProductKernels& kernels, const BFloat16Bits* left, int64_t r
     for (int64_t row = 0; row < rows; row += kBlockRows)
       kernels.block(left + row * depth, panels + column * depth, depth,
                     {to.out + row * to.stride + column, to.stride, std::min(kBlockRows, rows - row),
-                     std::min(kBlockRows, columns - column), to.scale, to.accumulate});
+                     std::min(kBlockRows, columns - column), to.scale, to.accumulate,
+                     to.rounded ? to.rounded + row * to.stride + column : nullptr});
 }
 
 bool is_float32(const Tensor& operand) { return operand.scalar_type() == ScalarType::Float; }
@@ -105,7 +106,8 @@ void bf16_dhidden(const ProductKernels& kernels, const HeadShape& s, Columns dlo
 }
 
 void bf16_dweight(const ProductKernels& kernels, const HeadShape& s, Columns dlogits,
-                  const BFloat16Bits* hidden, bool accumulate, float* total) {
+                  const BFloat16Bits* hidden, bool accumulate, float* total,
+                  BFloat16Bits* rounded) {
   const Packed panels = packed_buffer(s.n, s.D);
   kernels.pack_panels(hidden, s.D, s.n, s.D, panels.get());
   torch::stable::parallel_for(0, tiles_of(s.V), 1, [&](int64_t begin, int64_t end) {
@@ -116,7 +118,8 @@ void bf16_dweight(const ProductKernels& kernels, const HeadShape& s, Columns dlo
       kernels.pack_left(dlogits.z + first * dlogits.stride, dlogits.stride, height, s.n,
                         left.get());
       multiply(kernels, left.get(), height, panels.get(), s.D, padded(s.n),
-               {total + first * s.D, s.D, 0, 0, 1.0f, accumulate});
+               {total + first * s.D, s.D, 0, 0, 1.0f, accumulate,
+                rounded ? rounded + first * s.D : nullptr});
     }
   });
 }
@@ -163,17 +166,22 @@ Tensor head_dhidden(Tensor dlogits, Tensor weight, int64_t rows, int64_t level) 
   return result;
 }
 
-// total (V, D) = [total +] dlogits (V, stride) @ hidden (n, D)
-void head_dweight_(Tensor total, Tensor dlogits, Tensor hidden, bool accumulate, int64_t level) {
+// total (V, D) = [total +] dlogits (V, stride) @ hidden (n, D). With `rounded` (V, D), of bfloat16
+// as the operands, the result goes there instead, and total is only read, if accumulate.
+void head_dweight_(Tensor total, Tensor dlogits, Tensor hidden, bool accumulate,
+                   OptionalTensor rounded, int64_t level) {
   const HeadShape s{hidden.size(0), hidden.size(1), total.size(0)};
   const Columns dz = checked_columns(dlogits, s.V, s.n, "dlogits");
   float* sums = checked<float>(total, s.V * s.D, "total");
-  if (is_float32(hidden))
+  auto* const result = rounded ? checked<BFloat16Bits>(*rounded, s.V * s.D, "rounded") : nullptr;
+  if (is_float32(hidden)) {
+    STD_TORCH_CHECK(!result, "float32 products are not rounded to bfloat16");
     fp32_dweight(fp32_kernels(level), s, dz, checked<float>(hidden, s.n * s.D, "hidden"),
                  accumulate, sums);
-  else
+  } else {
     bf16_dweight(product_kernels(level), s, dz,
-                 checked<BFloat16Bits>(hidden, s.n * s.D, "hidden"), accumulate, sums);
+                 checked<BFloat16Bits>(hidden, s.n * s.D, "hidden"), accumulate, sums, result);
+  }
 }
 
 }  // namespace flowrl

@@ -23,6 +23,14 @@ inline void emit_row(const Destination& to, int64_t row, __m512 low, __m512 high
     low = _mm512_mul_ps(low, scale);
     high = _mm512_mul_ps(high, scale);
   }
+#ifdef __AVX512BF16__
+  if (to.rounded) {
+    BFloat16Bits* rounded = to.rounded + row * to.stride;
+    _mm256_mask_storeu_epi16(rounded, first, (__m256i)_mm512_cvtneps_pbh(low));
+    _mm256_mask_storeu_epi16(rounded + 16, second, (__m256i)_mm512_cvtneps_pbh(high));
+    return;
+  }
+#endif
   _mm512_mask_storeu_ps(out, first, low);
   _mm512_mask_storeu_ps(out + 16, second, high);
 }

@@ -20,7 +20,8 @@ static inline int64_t padded(int64_t size) {
   return (size + kBlockRows - 1) / kBlockRows * kBlockRows;
 }
 
-// Where a block of results goes: its first `rows` x `columns`, times scale, over or onto `out`.
+// Where a block of results goes: its first `rows` x `columns`, times scale, over or onto `out`. Where
+// `rounded` is given (products of bfloat16 operands), they go there, and `out` is only read.
 struct Destination {
   float* out;
   int64_t stride;
@@ -28,6 +29,7 @@ struct Destination {
   int64_t columns;
   float scale;
   bool accumulate;
+  BFloat16Bits* rounded = nullptr;  // with the stride of out
 };
 
 struct ProductKernels {

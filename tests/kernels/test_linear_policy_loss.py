@@ -265,8 +265,9 @@ def test_repeat_is_bitwise(backend):
 
 @pytest.mark.parametrize("backend", [*FUSED, "reference"])
 @pytest.mark.parametrize("offsets", [[0], [0, 0, 0]])
-def test_empty_batch(backend, offsets):
-    case = make_case(0, 20).to(torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_empty_batch(backend, offsets, dtype):
+    case = make_case(0, 20).to(dtype)
     result = linear_policy_loss(
         case.hidden,
         case.weight,
@@ -279,6 +280,7 @@ def test_empty_batch(backend, offsets):
     assert float(result.loss.detach()) == 0
     assert result.metrics["n"].tolist() == [0] * (len(offsets) - 1)
     assert case.weight.grad is not None
+    assert case.weight.grad.dtype == dtype
     assert not case.weight.grad.any()
 
 

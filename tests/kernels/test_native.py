@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from flowrl_kernels import backends, linear_logprobs, native_library
+from flowrl_kernels import backends, linear_logprobs, linear_policy_loss, native_library
 from flowrl_kernels.head import Head, RowGradients
 from flowrl_kernels.head.native_kernels import NativeHead
 from flowrl_kernels.head.torch_kernels import TorchHead
@@ -167,9 +167,9 @@ def products(
     dlogits = torch.full((vocab, padded), float("nan"))  # whose padding nobody may use
     dlogits[:, :rows] = torch.randn(rows, vocab, generator=generator).T
     first = torch.full((vocab, dim), float("nan"))
-    OPERATORS.head_dweight_(first, dlogits, hidden, False, level)
+    OPERATORS.head_dweight_(first, dlogits, hidden, False, None, level)
     second = first.clone()
-    OPERATORS.head_dweight_(second, dlogits, hidden, True, level)
+    OPERATORS.head_dweight_(second, dlogits, hidden, True, None, level)
     x, w, dz = hidden.double(), weight.double(), dlogits[:, :rows].T.to(dtype).double()
     return {
         "logits": (columns[:, :rows].T, 0.7 * x @ w.T),
@@ -203,6 +203,58 @@ def test_the_bound_on_products_sees_bfloat16_results(level, dtype):
     """Negative control: one rounding to bfloat16 at the end is far outside."""
     found, truth = products(level, dtype, 33, 16, 127)["logits"]
     assert max_error(found.bfloat16(), truth) > 100 * 8 * 2.0**-24 * 4 * float(truth.abs().max())
+
+
+@pytest.mark.parametrize("level", [i for i, t in levels_with_products() if t == torch.bfloat16])
+@pytest.mark.parametrize(("rows", "dim", "vocab"), [(1, 1, 1), (40, 65, 127), (257, 31, 300)])
+def test_the_last_product_is_rounded_as_it_is_added(level, rows, dim, vocab):
+    hidden = torch.randn(rows, dim).bfloat16()
+    dlogits = torch.randn(vocab, -(-rows // 16) * 16)
+    total = torch.randn(vocab, dim)
+    for accumulate in (False, True):
+        expected, found = total.clone(), total.clone()
+        rounded = torch.full((vocab, dim), float("nan")).bfloat16()
+        OPERATORS.head_dweight_(expected, dlogits, hidden, accumulate, None, level)
+        OPERATORS.head_dweight_(found, dlogits, hidden, accumulate, rounded, level)
+        assert torch.equal(rounded, expected.bfloat16())
+        assert torch.equal(found, total)
+
+
+@needs_library
+@pytest.mark.skipif(not levels_with_products(), reason="no products on this processor")
+def test_float32_products_are_not_rounded():
+    total, rounded = torch.zeros(4, 8), torch.zeros(4, 8).bfloat16()
+    level = native_library.LEVELS.index("avx512")
+    with pytest.raises(RuntimeError, match="float32 products are not rounded"):
+        OPERATORS.head_dweight_(total, torch.zeros(4, 16), torch.zeros(2, 8), False, rounded, level)
+
+
+def chunks_of(rows: int, vocab: int, dtype: torch.dtype, frozen: bool) -> int:
+    """In how many parts linear_policy_loss takes single rows, by its own choice."""
+    case = make_case(rows, vocab, 128, masked=0).to(dtype)
+    case.weight.requires_grad_(not frozen)
+    calls = []
+
+    def objective(logprobs, entropy, rows):
+        calls.append(len(logprobs))
+        return logprobs.sum(), {}
+
+    offsets = torch.arange(rows + 1, dtype=torch.int32)
+    linear_policy_loss(
+        case.hidden, case.weight, case.targets, offsets, objective, backend="native"
+    ).loss.backward()
+    return len(calls)
+
+
+@needs_library
+def test_one_chunk_takes_the_memory_of_the_sum_that_it_does_not_need():
+    if not has_products(torch.bfloat16, -1):
+        pytest.skip("bfloat16 is torch's on this processor")
+    # 20 MiB of logits are 640 rows, the sum of d(weight) 4 MiB are 128 more.
+    assert chunks_of(760, 8192, torch.bfloat16, frozen=False) == 1
+    assert chunks_of(780, 8192, torch.bfloat16, frozen=False) == 2
+    assert chunks_of(760, 8192, torch.bfloat16, frozen=True) == 2
+    assert chunks_of(760, 8192, torch.float32, frozen=False) == 2
 
 
 @pytest.mark.parametrize(("level", "dtype"), levels_with_products())

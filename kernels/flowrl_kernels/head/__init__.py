@@ -94,8 +94,10 @@ class Products(Protocol):
         dlogits: Tensor,  # (n, V)
         hidden: Tensor,  # (n, D)
         beta: int,
+        rounded: Tensor | None,  # (V, D)
     ) -> None:
-        """total = beta * total + dlogits.T @ hidden; for beta 0, total is not read."""
+        """total = beta * total + dlogits.T @ hidden; for beta 0, total is not read. `rounded`, of
+        hidden's dtype, receives the new total where it is given; total's numbers are then lost."""
         ...
 
 

@@ -32,14 +32,24 @@ ENOUGH_ROWS = {torch.bfloat16: 256, torch.float32: 384}
 ROW_STEP = 16  # the workspace's columns are padded to whole vectors of rows
 
 
-def logits_bytes(weight: Tensor, max_logits_bytes: int | None) -> int:
-    """`max_logits_bytes`, or the default for the columns and the dtype of `weight` (V_local, D)."""
+def logits_bytes(
+    weight: Tensor, max_logits_bytes: int | None, num_rows: int, sums_dweight: bool
+) -> int:
+    """`max_logits_bytes`, or the default for the columns and the dtype of `weight` (V_local, D).
+
+    `sums_dweight`: d(weight) is summed over chunks of `num_rows` rows beside the weight's own
+    gradient, if that is in bfloat16. A single chunk needs no sum, and may take its memory."""
     if max_logits_bytes is not None:
         return max_logits_bytes
     columns, most = weight.shape[0], MOST_LOGITS_BYTES[weight.dtype]
     if weight.dtype == torch.float32 and _native(weight, columns, -1):
         most = MOST_OWN_FLOAT32_BYTES
-    return min(max(ENOUGH_ROWS[weight.dtype] * columns * 4, REUSED_LOGITS_BYTES), most)
+    limit = min(max(ENOUGH_ROWS[weight.dtype] * columns * 4, REUSED_LOGITS_BYTES), most)
+    if sums_dweight and weight.dtype == torch.bfloat16 and _native(weight, columns, -1):
+        of_all = num_rows * columns * 4
+        if of_all <= limit + weight.numel() * 4:
+            return max(limit, of_all)
+    return limit
 
 
 @dataclass(frozen=True)
@@ -53,13 +63,15 @@ class NativeProducts:
             )
         return torch_products.dhidden(dlogits, weight)
 
-    def dweight_(self, total: Tensor, dlogits: Tensor, hidden: Tensor, beta: int) -> None:
+    def dweight_(
+        self, total: Tensor, dlogits: Tensor, hidden: Tensor, beta: int, rounded: Tensor | None
+    ) -> None:
         if _native(hidden, total.shape[0], self.level):
             torch.ops.flowrl_native.head_dweight_(
-                total, _columns(dlogits), hidden.contiguous(), beta == 1, self.level
+                total, _columns(dlogits), hidden.contiguous(), beta == 1, rounded, self.level
             )
         else:
-            torch_products.dweight_(total, dlogits, hidden, beta)
+            torch_products.dweight_(total, dlogits, hidden, beta, rounded)
 
 
 class NativeHead:

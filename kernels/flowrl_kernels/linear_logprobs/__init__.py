@@ -57,7 +57,7 @@ def linear_logprobs(
 
     The chunked backends hold at most `max_logits_bytes` of logits (default 256 MiB on a CPU, by
     native code less in bfloat16 and where it multiplies, its rows rounded up to 16, from 512 on to
-    32; 3 GiB on CUDA), store the log-sum-exp and make the logits a second time in backward:
+    32, and all rows at once where that saves as much memory; 3 GiB on CUDA), store the log-sum-exp and make the logits a second time in backward:
     8 T D V flop in all. The backends triton and cuda hold none in forward, nor does native where
     it multiplies.
 
@@ -152,7 +152,8 @@ backends.register("linear_logprobs", "cuda", cuda_support.refusal)(_cuda)
 def _native(
     hidden: Tensor, weight: Tensor, *args: Any, max_logits_bytes: int | None, **options: Any
 ) -> LinearLogprobs:
-    limit = logits_bytes(weight, max_logits_bytes)
+    sums_dweight = weight.requires_grad and torch.is_grad_enabled()
+    limit = logits_bytes(weight, max_logits_bytes, hidden.shape[0], sums_dweight)
     return torch_chunked.linear_logprobs(
         hidden, weight, *args, kernels=NativeHead(), max_logits_bytes=limit, **options
     )

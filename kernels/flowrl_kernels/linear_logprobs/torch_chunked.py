@@ -115,10 +115,11 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden, weight, targets, logprobs, row_max, log_sum, entropy = ctx.saved_tensors
         head = call.head(weight)
         wanted = (ctx.needs_input_grad[1], ctx.needs_input_grad[2])
-        gradients = HeadGradients(head, call.kernels.products, hidden, weight, wanted)
+        chunks = call.chunks(head, targets)
+        num_rows = sum(size for _, size in chunks)
+        gradients = HeadGradients(head, call.kernels.products, hidden, weight, wanted, num_rows)
         if dlogprobs is None:
             dlogprobs = torch.zeros_like(logprobs)
-        chunks = call.chunks(head, targets)
         workspace = call.workspace(head, chunks)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows, size in chunks:
@@ -129,7 +130,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 call.kernels.dlogits_(head, of_rows, out, local, done, incoming)
                 gradients.add(rows, out)
         dhidden, dweight = gradients.finish()
-        return None, dhidden, None if dweight is None else dweight.to(weight.dtype), None
+        return None, dhidden, dweight, None
 
 
 def _at(gradient: Tensor | None, rows: Rows) -> Tensor | None:

@@ -65,7 +65,8 @@ def linear_policy_loss(
 
     At most `max_logits_bytes` of logits are alive (default 256 MiB on a CPU, by native
     code less in bfloat16 and where it multiplies, its rows rounded up to 16, from 512 on to 32;
-    3 GiB on CUDA).
+    3 GiB on CUDA). Native code takes all rows at once where their bfloat16 d(weight) then needs no
+    float32 sum, and this is the smaller of the two.
 
     Raises ValueError for arguments out of range, an objective whose loss is no scalar or whose
     metrics are not one number a sequence, and a backend that cannot run the call.
@@ -178,7 +179,8 @@ backends.register("linear_policy_loss", "cuda", cuda_support.refusal)(_cuda)
 def _native(
     hidden: Tensor, weight: Tensor, *args: Any, max_logits_bytes: int | None, **options: Any
 ) -> PolicyLoss:
-    limit = logits_bytes(weight, max_logits_bytes)
+    sums_dweight = weight.requires_grad and torch.is_grad_enabled() and options["main_grad"] is None
+    limit = logits_bytes(weight, max_logits_bytes, hidden.shape[0], sums_dweight)
     return torch_chunked.linear_policy_loss(
         hidden, weight, *args, kernels=NativeHead(), max_logits_bytes=limit, **options
     )

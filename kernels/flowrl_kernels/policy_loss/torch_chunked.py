@@ -107,7 +107,6 @@ class _PolicyLoss(torch.autograd.Function):
             evaluation = _Evaluation(call, hidden, weight, inputs, needed)
             loss = evaluation.run()
         ctx.main_grad_used = call.main_grad is not None
-        ctx.weight_dtype = weight.dtype
         ctx.gradients = evaluation.finish()
         ctx.mark_non_differentiable(evaluation.logprobs)
         if evaluation.entropy is not None:
@@ -139,8 +138,6 @@ class _PolicyLoss(torch.autograd.Function):
                 if gradient is not None:
                     gradient.mul_(factor)  # nobody else's tensor
         dhidden, dweight, *dinputs = gradients
-        if dweight is not None:
-            dweight = dweight.to(ctx.weight_dtype)
         return None, dhidden, dweight, *dinputs
 
 
@@ -161,12 +158,15 @@ class _Evaluation:
         self._input_gradients = {
             name: torch.zeros_like(x) for name, x in self._inputs.items() if self._needed[name]
         }
+        self._most = rows_per_chunk(call.head, call.kernels, call.max_logits_bytes)
+        self._chunks = plan(call.targets, call.cu_seqlens, self._most)
         self._gradients = HeadGradients(
             call.head,
             call.kernels.products,
             hidden,
             weight,
             (needed[0], needed[1]),
+            sum(chunk.num_counted for chunk in self._chunks),
             call.main_grad,
         )
         self.logprobs = hidden.new_zeros(hidden.shape[:1], dtype=call.head.dtype)
@@ -178,14 +178,12 @@ class _Evaluation:
 
     def run(self) -> Tensor:  # ()
         call = self._call
-        most = rows_per_chunk(call.head, call.kernels, call.max_logits_bytes)
-        chunks = plan(call.targets, call.cu_seqlens, most)
         if self._gradients.wanted or call.kernels.forward_needs_workspace(call.head):
-            size = min(most, max(c.num_counted for c in chunks))
+            size = min(self._most, max(chunk.num_counted for chunk in self._chunks))
             self._workspace = Workspace(call.head, call.kernels, size)
         loss = self.logprobs.new_zeros(())
-        for chunk in chunks:
-            loss += self._chunk(chunk, most)
+        for chunk in self._chunks:
+            loss += self._chunk(chunk)
         for name, parts in self._metrics.items():
             call.metrics[name] = torch.cat(parts)
         return loss
@@ -197,10 +195,10 @@ class _Evaluation:
             dweight = None
         return [dhidden, dweight, *(self._input_gradients.get(n) for n in self._call.input_names)]
 
-    def _chunk(self, chunk: Chunk, most: int) -> Tensor:
+    def _chunk(self, chunk: Chunk) -> Tensor:
         targets = self._call.targets
         rows = counted_rows(targets, chunk.tokens, chunk.num_counted)
-        pieces = list(split(rows, chunk.num_counted, most))
+        pieces = list(split(rows, chunk.num_counted, self._most))
         found = [self._score(piece, size) for piece, size in pieces]
         loss = self._differentiate(chunk)
         if not self._gradients.wanted:
