@@ -56,10 +56,9 @@ def linear_logprobs(
     and the gradient of hidden is summed over ranks.
 
     The chunked backends hold at most `max_logits_bytes` of logits (default 256 MiB on a CPU, by
-    native code less in bfloat16 and where it multiplies, its rows rounded up to 16, from 512 on to
-    32, and all rows at once where that saves as much memory; 3 GiB on CUDA), store the log-sum-exp and make the logits a second time in backward:
-    8 T D V flop in all. The backends triton and cuda hold none in forward, nor does native where
-    it multiplies.
+    native code as in linear_policy_loss; 3 GiB on CUDA), store the log-sum-exp and make the logits
+    a second time in backward: 8 T D V flop in all. The backends triton and cuda hold none in
+    forward, nor does native where it multiplies.
 
     precision="fp8" (triton and cuda) multiplies rows of hidden and weight rounded to e4m3, each
     with its own scale, and has no gradient: log-probs are off by 0.01 to 1, too much for importance

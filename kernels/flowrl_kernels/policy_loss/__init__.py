@@ -65,8 +65,8 @@ def linear_policy_loss(
 
     At most `max_logits_bytes` of logits are alive (default 256 MiB on a CPU, by native
     code less in bfloat16 and where it multiplies, its rows rounded up to 16, from 512 on to 32;
-    3 GiB on CUDA). Native code takes all rows at once where their bfloat16 d(weight) then needs no
-    float32 sum, and this is the smaller of the two.
+    3 GiB on CUDA). A bfloat16 d(weight) needs a float32 sum only where there are several chunks:
+    native code takes all rows at once where that is no more memory.
 
     Raises ValueError for arguments out of range, an objective whose loss is no scalar or whose
     metrics are not one number a sequence, and a backend that cannot run the call.
