@@ -39,15 +39,20 @@ class Entered {
   const ProductKernels& kernels_;
 };
 
+template <typename T>
+T* part_of(T* matrix, int64_t row, int64_t stride, int64_t column) {
+  return matrix ? matrix + row * stride + column : nullptr;
+}
+
 // All results of one left operand of `rows` and the panels of `columns`, both `depth` deep.
 void multiply(const ProductKernels& kernels, const BFloat16Bits* left, int64_t rows,
               const BFloat16Bits* panels, int64_t columns, int64_t depth, Destination to) {
   for (int64_t column = 0; column < columns; column += kBlockRows)
     for (int64_t row = 0; row < rows; row += kBlockRows)
       kernels.block(left + row * depth, panels + column * depth, depth,
-                    {to.out + row * to.stride + column, to.stride, std::min(kBlockRows, rows - row),
-                     std::min(kBlockRows, columns - column), to.scale, to.accumulate,
-                     to.rounded ? to.rounded + row * to.stride + column : nullptr});
+                    {part_of(to.out, row, to.stride, column), to.stride,
+                     std::min(kBlockRows, rows - row), std::min(kBlockRows, columns - column),
+                     to.scale, to.accumulate, part_of(to.rounded, row, to.stride, column)});
 }
 
 bool is_float32(const Tensor& operand) { return operand.scalar_type() == ScalarType::Float; }
@@ -118,8 +123,8 @@ void bf16_dweight(const ProductKernels& kernels, const HeadShape& s, Columns dlo
       kernels.pack_left(dlogits.z + first * dlogits.stride, dlogits.stride, height, s.n,
                         left.get());
       multiply(kernels, left.get(), height, panels.get(), s.D, padded(s.n),
-               {total + first * s.D, s.D, 0, 0, 1.0f, accumulate,
-                rounded ? rounded + first * s.D : nullptr});
+               {part_of(total, first, s.D, 0), s.D, 0, 0, 1.0f, accumulate,
+                part_of(rounded, first, s.D, 0)});
     }
   });
 }
@@ -166,22 +171,20 @@ Tensor head_dhidden(Tensor dlogits, Tensor weight, int64_t rows, int64_t level) 
   return result;
 }
 
-// total (V, D) = [total +] dlogits (V, stride) @ hidden (n, D). With `rounded` (V, D), of bfloat16
-// as the operands, the result goes there instead, and total is only read, if accumulate.
-void head_dweight_(Tensor total, Tensor dlogits, Tensor hidden, bool accumulate,
-                   OptionalTensor rounded, int64_t level) {
+// total (V, D) = [total +] dlogits (V, stride) @ hidden (n, D). A total of bfloat16, as the operands,
+// is a sum rounded once, and cannot be added to.
+void head_dweight_(Tensor total, Tensor dlogits, Tensor hidden, bool accumulate, int64_t level) {
   const HeadShape s{hidden.size(0), hidden.size(1), total.size(0)};
   const Columns dz = checked_columns(dlogits, s.V, s.n, "dlogits");
-  float* sums = checked<float>(total, s.V * s.D, "total");
-  auto* const result = rounded ? checked<BFloat16Bits>(*rounded, s.V * s.D, "rounded") : nullptr;
   if (is_float32(hidden)) {
-    STD_TORCH_CHECK(!result, "float32 products are not rounded to bfloat16");
     fp32_dweight(fp32_kernels(level), s, dz, checked<float>(hidden, s.n * s.D, "hidden"),
-                 accumulate, sums);
-  } else {
-    bf16_dweight(product_kernels(level), s, dz,
-                 checked<BFloat16Bits>(hidden, s.n * s.D, "hidden"), accumulate, sums, result);
+                 accumulate, checked<float>(total, s.V * s.D, "total"));
+    return;
   }
+  const bool rounded = !accumulate && !is_float32(total);
+  bf16_dweight(product_kernels(level), s, dz, checked<BFloat16Bits>(hidden, s.n * s.D, "hidden"),
+               accumulate, rounded ? nullptr : checked<float>(total, s.V * s.D, "total"),
+               rounded ? checked<BFloat16Bits>(total, s.V * s.D, "total") : nullptr);
 }
 
 }  // namespace flowrl

@@ -22,8 +22,8 @@ STABLE_TORCH_LIBRARY(flowrl_native, m) {
       " -> (Tensor row_max, Tensor sum_exp, Tensor target, Tensor sum_exp_z)");
   m.def("head_dhidden(Tensor dlogits, Tensor weight, int rows, int level) -> Tensor");
   m.def(
-      "head_dweight_(Tensor(a!) total, Tensor dlogits, Tensor hidden, bool accumulate,"
-      " Tensor(b!)? rounded, int level) -> ()");
+      "head_dweight_(Tensor(a!) total, Tensor dlogits, Tensor hidden, bool accumulate, int level)"
+      " -> ()");
   m.def(
       "trajectory_balance(Tensor logprobs, Tensor? old_logprobs, Tensor ref_logprobs, Tensor log_z,"
       " Tensor rewards, Tensor cu_seqlens, Tensor? response_mask, float beta, float? log_low,"

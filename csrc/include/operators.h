@@ -27,8 +27,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_forward(Tensor hidden, Tensor we
 
 Tensor head_dhidden(Tensor dlogits, Tensor weight, int64_t rows, int64_t level);
 
-void head_dweight_(Tensor total, Tensor dlogits, Tensor hidden, bool accumulate,
-                   OptionalTensor rounded, int64_t level);
+void head_dweight_(Tensor total, Tensor dlogits, Tensor hidden, bool accumulate, int64_t level);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 trajectory_balance(Tensor logprobs, OptionalTensor old_logprobs, Tensor ref_logprobs, Tensor log_z,

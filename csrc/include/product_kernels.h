@@ -20,8 +20,8 @@ static inline int64_t padded(int64_t size) {
   return (size + kBlockRows - 1) / kBlockRows * kBlockRows;
 }
 
-// Where a block of results goes: its first `rows` x `columns`, times scale, over or onto `out`. Where
-// `rounded` is given (products of bfloat16 operands), they go there, and `out` is only read.
+// Where a block of results goes: its first `rows` x `columns`, times scale, over or onto `out`; those
+// of bfloat16 operands over `rounded` instead, where that is given.
 struct Destination {
   float* out;
   int64_t stride;
@@ -29,7 +29,7 @@ struct Destination {
   int64_t columns;
   float scale;
   bool accumulate;
-  BFloat16Bits* rounded = nullptr;  // with the stride of out
+  BFloat16Bits* rounded = nullptr;
 };
 
 struct ProductKernels {

@@ -167,9 +167,9 @@ def products(
     dlogits = torch.full((vocab, padded), float("nan"))  # whose padding nobody may use
     dlogits[:, :rows] = torch.randn(rows, vocab, generator=generator).T
     first = torch.full((vocab, dim), float("nan"))
-    OPERATORS.head_dweight_(first, dlogits, hidden, False, None, level)
+    OPERATORS.head_dweight_(first, dlogits, hidden, False, level)
     second = first.clone()
-    OPERATORS.head_dweight_(second, dlogits, hidden, True, None, level)
+    OPERATORS.head_dweight_(second, dlogits, hidden, True, level)
     x, w, dz = hidden.double(), weight.double(), dlogits[:, :rows].T.to(dtype).double()
     return {
         "logits": (columns[:, :rows].T, 0.7 * x @ w.T),
@@ -207,26 +207,16 @@ def test_the_bound_on_products_sees_bfloat16_results(level, dtype):
 
 @pytest.mark.parametrize("level", [i for i, t in levels_with_products() if t == torch.bfloat16])
 @pytest.mark.parametrize(("rows", "dim", "vocab"), [(1, 1, 1), (40, 65, 127), (257, 31, 300)])
-def test_the_last_product_is_rounded_as_it_is_added(level, rows, dim, vocab):
+def test_a_product_is_rounded_as_it_is_written(level, rows, dim, vocab):
     hidden = torch.randn(rows, dim).bfloat16()
     dlogits = torch.randn(vocab, -(-rows // 16) * 16)
-    total = torch.randn(vocab, dim)
-    for accumulate in (False, True):
-        expected, found = total.clone(), total.clone()
-        rounded = torch.full((vocab, dim), float("nan")).bfloat16()
-        OPERATORS.head_dweight_(expected, dlogits, hidden, accumulate, None, level)
-        OPERATORS.head_dweight_(found, dlogits, hidden, accumulate, rounded, level)
-        assert torch.equal(rounded, expected.bfloat16())
-        assert torch.equal(found, total)
-
-
-@needs_library
-@pytest.mark.skipif(not levels_with_products(), reason="no products on this processor")
-def test_float32_products_are_not_rounded():
-    total, rounded = torch.zeros(4, 8), torch.zeros(4, 8).bfloat16()
-    level = native_library.LEVELS.index("avx512")
-    with pytest.raises(RuntimeError, match="float32 products are not rounded"):
-        OPERATORS.head_dweight_(total, torch.zeros(4, 16), torch.zeros(2, 8), False, rounded, level)
+    total = torch.empty(vocab, dim)
+    rounded = torch.full((vocab, dim), float("nan")).bfloat16()
+    OPERATORS.head_dweight_(total, dlogits, hidden, False, level)
+    OPERATORS.head_dweight_(rounded, dlogits, hidden, False, level)
+    assert torch.equal(rounded, total.bfloat16())
+    with pytest.raises(RuntimeError, match="total must be contiguous, of the operator's dtype"):
+        OPERATORS.head_dweight_(rounded, dlogits, hidden, True, level)
 
 
 def chunks_of(rows: int, vocab: int, dtype: torch.dtype, frozen: bool) -> int:

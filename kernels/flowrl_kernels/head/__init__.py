@@ -94,10 +94,13 @@ class Products(Protocol):
         dlogits: Tensor,  # (n, V)
         hidden: Tensor,  # (n, D)
         beta: int,
-        rounded: Tensor | None,  # (V, D)
     ) -> None:
-        """total = beta * total + dlogits.T @ hidden; for beta 0, total is not read. `rounded`, of
-        hidden's dtype, receives the new total where it is given; total's numbers are then lost."""
+        """total = beta * total + dlogits.T @ hidden; for beta 0, total is not read, and may have
+        hidden's dtype if `rounds_dweight`."""
+        ...
+
+    def rounds_dweight(self, weight: Tensor) -> bool:
+        """Whether `dweight_` of operands like `weight` can round its sums once, as it writes."""
         ...
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from flowrl_kernels.checks import IGNORE_INDEX
@@ -61,8 +60,8 @@ class HeadGradients:
     """d(hidden) and d(weight), summed chunk by chunk. Either may be unwanted: then it costs
     nothing.
 
-    d(weight) is added to `weight_sum` (V_local, D), of head.dtype, if that is given. Otherwise it
-    is made in the dtype of the weight, rounded once, as the last of `num_rows` rows are added."""
+    `weight_sum` (V_local, D), of head.dtype, receives d(weight); None: a new one is made, for
+    `one_chunk` in the weight's own dtype where the products can round to it."""
 
     def __init__(
         self,
@@ -71,24 +70,23 @@ class HeadGradients:
         hidden: Tensor,  # (T, D)
         padded_weight: Tensor,  # (V_local, D)
         wanted: tuple[bool, bool],
-        num_rows: int,
+        one_chunk: bool,
         weight_sum: Tensor | None = None,
     ) -> None:
         self._head, self._products = head, products
-        self._hidden, self._rows_left = hidden, num_rows
+        self._hidden = hidden
         want_hidden, want_weight = wanted
         # Parts of several ranks are summed before they are rounded to the dtype of hidden.
         dtype = hidden.dtype if head.group is None else head.dtype
         self._dhidden = hidden.new_zeros(hidden.shape, dtype=dtype) if want_hidden else None
-        self._dweight = self._sum = weight_sum if want_weight else None
+        self._dweight = weight_sum if want_weight else None
         self._beta = 1
         if want_weight and weight_sum is None:
-            # Not filled: the first chunk overwrites the sum (0.2 s of 5 s at 151936 x 896).
-            self._dweight = torch.empty_like(padded_weight, memory_format=torch.contiguous_format)
+            # Not filled: the first chunk overwrites it (0.2 s of 5 s at 151936 x 896).
+            rounds = one_chunk and products.rounds_dweight(head.weight)
+            sums = padded_weight.dtype if rounds else head.dtype
+            self._dweight = hidden.new_empty(padded_weight.shape, dtype=sums)
             self._dweight[head.weight.shape[0] :] = 0
-            self._sum = self._dweight
-            if self._dweight.dtype != head.dtype:
-                self._sum = hidden.new_empty(head.weight.shape, dtype=head.dtype)
             self._beta = 0
 
     @property
@@ -102,18 +100,13 @@ class HeadGradients:
         if self._dhidden is not None:
             found = self._products.dhidden(dlogits, self._head.weight)
             self._dhidden[rows] = found.to(self._dhidden.dtype)
-        self._rows_left -= dlogits.shape[0]
-        if self._dweight is not None and self._sum is not None:
-            valid = slice(dlogits.shape[1])
-            last = self._rows_left == 0 and self._sum is not self._dweight
-            rounded = self._dweight[valid] if last else None
-            total, hidden = self._sum[valid], self._hidden[rows]
-            self._products.dweight_(total, dlogits, hidden, self._beta, rounded)
+        if self._dweight is not None:
+            valid = self._dweight[: dlogits.shape[1]]
+            self._products.dweight_(valid, dlogits, self._hidden[rows], self._beta)
             self._beta = 1
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
-        """d(hidden) in the dtype of hidden, d(weight) in that of the weight or of weight_sum."""
-        assert self._rows_left == 0 or not self.wanted, self._rows_left
+        """d(hidden) in the dtype of hidden, d(weight) in head.dtype or its own."""
         if self._dweight is not None and self._beta == 0:  # no row counted
             self._dweight.zero_()
         if self._dhidden is None:

@@ -37,15 +37,15 @@ def logits_bytes(
 ) -> int:
     """`max_logits_bytes`, or the default for the columns and the dtype of `weight` (V_local, D).
 
-    `sums_dweight`: d(weight) is summed over chunks of `num_rows` rows beside the weight's own
-    gradient, if that is in bfloat16. A single chunk needs no sum, and may take its memory."""
+    `sums_dweight`: the gradient of a bfloat16 weight is summed over chunks in float32. One chunk of
+    all `num_rows` rows needs no sum, and may take its memory."""
     if max_logits_bytes is not None:
         return max_logits_bytes
     columns, most = weight.shape[0], MOST_LOGITS_BYTES[weight.dtype]
     if weight.dtype == torch.float32 and _native(weight, columns, -1):
         most = MOST_OWN_FLOAT32_BYTES
     limit = min(max(ENOUGH_ROWS[weight.dtype] * columns * 4, REUSED_LOGITS_BYTES), most)
-    if sums_dweight and weight.dtype == torch.bfloat16 and _native(weight, columns, -1):
+    if sums_dweight and NativeProducts(-1).rounds_dweight(weight):
         of_all = num_rows * columns * 4
         if of_all <= limit + weight.numel() * 4:
             return max(limit, of_all)
@@ -63,15 +63,16 @@ class NativeProducts:
             )
         return torch_products.dhidden(dlogits, weight)
 
-    def dweight_(
-        self, total: Tensor, dlogits: Tensor, hidden: Tensor, beta: int, rounded: Tensor | None
-    ) -> None:
+    def dweight_(self, total: Tensor, dlogits: Tensor, hidden: Tensor, beta: int) -> None:
         if _native(hidden, total.shape[0], self.level):
             torch.ops.flowrl_native.head_dweight_(
-                total, _columns(dlogits), hidden.contiguous(), beta == 1, rounded, self.level
+                total, _columns(dlogits), hidden.contiguous(), beta == 1, self.level
             )
         else:
-            torch_products.dweight_(total, dlogits, hidden, beta, rounded)
+            torch_products.dweight_(total, dlogits, hidden, beta)
+
+    def rounds_dweight(self, weight: Tensor) -> bool:
+        return weight.dtype == torch.bfloat16 and _native(weight, weight.shape[0], self.level)
 
 
 class NativeHead:

@@ -43,18 +43,17 @@ def dhidden(dlogits: Tensor, weight: Tensor) -> Tensor:
     return total
 
 
-def dweight_(
-    total: Tensor, dlogits: Tensor, hidden: Tensor, beta: int, rounded: Tensor | None
-) -> None:
-    """total (V, D) = beta * total + dlogits (n, V).T @ hidden (n, D); beta 0: total is not read.
-    It is copied to `rounded`, if that is given."""
+def dweight_(total: Tensor, dlogits: Tensor, hidden: Tensor, beta: int) -> None:
+    """total (V, D) = beta * total + dlogits (n, V).T @ hidden (n, D); beta 0: total is not read."""
     if _mixed(hidden, total):
         dlogits = dlogits.to(hidden.dtype)
         torch.addmm(total, dlogits.T, hidden, out_dtype=total.dtype, beta=beta, out=total)
     else:
         total.addmm_(dlogits.T, hidden.to(total.dtype), beta=beta)
-    if rounded is not None:
-        rounded.copy_(total)
+
+
+def rounds_dweight(weight: Tensor) -> bool:
+    return False  # PyTorch's own products in bfloat16 promise no float32 sums
 
 
 def is_mixed(dtype: torch.dtype, device: torch.device) -> bool:

@@ -116,8 +116,8 @@ class _LinearLogprobs(torch.autograd.Function):
         head = call.head(weight)
         wanted = (ctx.needs_input_grad[1], ctx.needs_input_grad[2])
         chunks = call.chunks(head, targets)
-        num_rows = sum(size for _, size in chunks)
-        gradients = HeadGradients(head, call.kernels.products, hidden, weight, wanted, num_rows)
+        products, one_chunk = call.kernels.products, len(chunks) == 1
+        gradients = HeadGradients(head, products, hidden, weight, wanted, one_chunk)
         if dlogprobs is None:
             dlogprobs = torch.zeros_like(logprobs)
         workspace = call.workspace(head, chunks)
@@ -130,7 +130,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 call.kernels.dlogits_(head, of_rows, out, local, done, incoming)
                 gradients.add(rows, out)
         dhidden, dweight = gradients.finish()
-        return None, dhidden, dweight, None
+        return None, dhidden, None if dweight is None else dweight.to(weight.dtype), None
 
 
 def _at(gradient: Tensor | None, rows: Rows) -> Tensor | None:

@@ -107,6 +107,7 @@ class _PolicyLoss(torch.autograd.Function):
             evaluation = _Evaluation(call, hidden, weight, inputs, needed)
             loss = evaluation.run()
         ctx.main_grad_used = call.main_grad is not None
+        ctx.weight_dtype = weight.dtype
         ctx.gradients = evaluation.finish()
         ctx.mark_non_differentiable(evaluation.logprobs)
         if evaluation.entropy is not None:
@@ -138,6 +139,8 @@ class _PolicyLoss(torch.autograd.Function):
                 if gradient is not None:
                     gradient.mul_(factor)  # nobody else's tensor
         dhidden, dweight, *dinputs = gradients
+        if dweight is not None:
+            dweight = dweight.to(ctx.weight_dtype)
         return None, dhidden, dweight, *dinputs
 
 
@@ -166,7 +169,7 @@ class _Evaluation:
             hidden,
             weight,
             (needed[0], needed[1]),
-            sum(chunk.num_counted for chunk in self._chunks),
+            len(self._chunks) == 1 and self._chunks[0].num_counted <= self._most,
             call.main_grad,
         )
         self.logprobs = hidden.new_zeros(hidden.shape[:1], dtype=call.head.dtype)
