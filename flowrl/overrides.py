@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import Any, get_type_hints
 
 from flowrl.config import Config
-from flowrl.schema import ConfigError
+from flowrl.schema import ConfigError, settings_named
 
 TOP_LEVEL = ("seed",)  # settings outside a section
 
@@ -41,16 +41,11 @@ def split_overrides(args: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 def settings_called(name: str) -> str:
     """The end of an error message: the settings that somebody meant who wrote --name without its
     section, or named a section alone; empty where there are none."""
-    meant = []
-    for section in fields(Config):
-        hint = get_type_hints(Config)[section.name]
-        members = [f.name for f in fields(hint)] if is_dataclass(hint) else []
-        if section.name == name:
-            first = "name" if "name" in members else "KEY"
-            meant.append(f"--{name}.{first} VALUE")
-        elif name in members:
-            meant.append(f"--{section.name}.{name} VALUE")
-    return f"; write {' or '.join(meant)}" if meant else ""
+    meant = settings_named(name, Config)
+    if name in {f.name for f in fields(Config)}:
+        named = f"{name}.name" in settings_named("name", Config)
+        meant = [*meant, f"{name}.name" if named else f"{name}.KEY"]
+    return f"; write {' or '.join(f'--{setting} VALUE' for setting in meant)}" if meant else ""
 
 
 def _take_values(path: list[str], args: Sequence[str], position: int) -> list[str]:

@@ -34,10 +34,12 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not text in UTF-8: {error}; save it as that") from error
 
 
-def build(cls: type, data: Mapping[str, Any], where: str) -> Any:
+def build(cls: type, data: Mapping[str, Any], where: str, root: type | None = None) -> Any:
     """An instance of the dataclass `cls` from nested mappings; `where` prefixes names in errors.
+    `root` is the whole that `cls` is a section of.
 
-    Raises ConfigError for an unknown key (naming the nearest), a wrong type or an impossible value.
+    Raises ConfigError for an unknown key (naming the same in another section, or the nearest), a
+    wrong type or an impossible value.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name for f in dataclasses.fields(cls)}
@@ -45,17 +47,26 @@ def build(cls: type, data: Mapping[str, Any], where: str) -> Any:
     for key, value in data.items():
         dotted = f"{where}.{key}" if where else key
         if key not in fields:
-            raise ConfigError(f"unknown setting {dotted}{nearest(key, fields, where)}")
+            same = settings_named(key, root) if root else []
+            meant = f"; did you mean {' or '.join(same)}?" if same else nearest(key, fields, where)
+            raise ConfigError(f"unknown setting {dotted}{meant}")
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
             require(
                 isinstance(value, Mapping),
                 f"{dotted} must be a table, got {value!r}; write [{dotted}]",
             )
-            values[key] = build(typing.cast(type, hint), value, dotted)
+            values[key] = build(typing.cast(type, hint), value, dotted, root or cls)
         else:
             values[key] = _coerce(value, hint, dotted)
     return cls(**values)
+
+
+def settings_named(name: str, root: type) -> list[str]:
+    """section.name for each section of the dataclass `root` that has a setting called so."""
+    sections = typing.get_type_hints(root).items()
+    found = [(key, hint) for key, hint in sections if dataclasses.is_dataclass(hint)]
+    return [f"{key}.{name}" for key, hint in found if name in typing.get_type_hints(hint)]
 
 
 def nearest(name: str, choices: Iterable[str], where: str = "") -> str:

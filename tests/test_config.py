@@ -65,6 +65,7 @@ def test_another_objective_takes_its_own_table_and_drops_the_other_options():
             ["--batch.group_siz", "4"],
             r"unknown setting batch.group_siz; did you mean batch.group_size",
         ),
+        (["--loop.steps", "4"], r"unknown setting loop.steps; did you mean trainer.steps\?"),
         (["--batc.group_size", "4"], r"unknown setting batc; did you mean batch"),
         (["--batch.group_size", "four"], r"batch.group_size must be of type int, got 'four'"),
         (["--batch.group_size", "0"], r"batch.group_size must be >= 1, got 0"),

@@ -19,12 +19,12 @@ from torch import Tensor
 from flowrl_kernels.head import Head, LocalStatistics, Products, RowGradients, RowStatistics
 from flowrl_kernels.head import products as torch_products
 
-# The default of max_logits_bytes. At 151936 columns: in bfloat16 662 rows (512 are 4% faster than 256,
-# 1024 in one chunk 7% faster than 512); in float32 384 where torch multiplies (140: 13% slower), 193
-# where the products are ours (384: 8% faster, for twice the memory). A smaller vocabulary has a
-# workspace that malloc hands out again and again: of 1024 x 8192, 16 MiB at a time take 5% longer
-# than 20, and more than 32 half as long again: malloc gives that back, and its pages are new in every
-# call.
+# The default of max_logits_bytes. At 151936 columns: in bfloat16 662 rows (512 are 4% faster than
+# 256, 1024 in one chunk 7% faster than 512); in float32 384 where torch multiplies (140: 13%
+# slower), 193 where the products are ours (384: 8% faster, for twice the memory). A smaller
+# vocabulary has a workspace that malloc hands out again and again: of 1024 x 8192, 16 MiB at a time
+# take 5% longer than 20, and more than 32 half as long again: malloc gives that back, and its pages
+# are new in every call.
 MOST_LOGITS_BYTES = {torch.bfloat16: 384 << 20, torch.float32: 256 << 20}
 MOST_OWN_FLOAT32_BYTES = 112 << 20
 REUSED_LOGITS_BYTES = 20 << 20
