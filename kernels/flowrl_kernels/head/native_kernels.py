@@ -19,17 +19,17 @@ from torch import Tensor
 from flowrl_kernels.head import Head, LocalStatistics, Products, RowGradients, RowStatistics
 from flowrl_kernels.head import products as torch_products
 
-# The default of max_logits_bytes. At 151936 columns: in bfloat16 662 rows (512 are 4% faster than
-# 256, 1024 in one chunk 7% faster than 512); in float32 384 where torch multiplies (140: 13%
-# slower), 193 where the products are ours (384: 8% faster, for twice the memory). A smaller
+# The default of max_logits_bytes: as many bytes as so many rows take, and at most so many MiB;
+# where the products are ours, and where they are torch's. At 151936 columns ours take 662 rows in
+# bfloat16 (512 are 4% faster than 256, 1024 in one chunk 7% faster than 512) and 193 in float32
+# (384: 8% faster, for twice the memory); torch's 276, and 441 (140: 13% slower). A smaller
 # vocabulary has a workspace that malloc hands out again and again: of 1024 x 8192, 16 MiB at a time
 # take 5% longer than 20, and more than 32 half as long again: malloc gives that back, and its pages
 # are new in every call.
-MOST_LOGITS_BYTES = {torch.bfloat16: 384 << 20, torch.float32: 256 << 20}
-MOST_OWN_FLOAT32_BYTES = 112 << 20
+OWN_CHUNKS = {torch.bfloat16: (640, 384), torch.float32: (384, 112)}
+TORCH_CHUNKS = {torch.bfloat16: (256, 160), torch.float32: (384, 256)}
 REUSED_LOGITS_BYTES = 20 << 20
 FEWEST_COLUMNS = 2048  # below, tiles of the vocabulary are too few to share and float32 is torch's
-ENOUGH_ROWS = {torch.bfloat16: 640, torch.float32: 384}
 ROW_STEP = 16  # the workspace's columns are padded to whole vectors of rows
 
 
@@ -42,11 +42,11 @@ def logits_bytes(
     all `num_rows` rows needs no sum, and may take its memory, less the gradient's."""
     if max_logits_bytes is not None:
         return max_logits_bytes
-    columns, most = weight.shape[0], MOST_LOGITS_BYTES[weight.dtype]
-    if weight.dtype == torch.float32 and _native(weight, columns, -1):
-        most = MOST_OWN_FLOAT32_BYTES
-    limit = min(max(ENOUGH_ROWS[weight.dtype] * columns * 4, REUSED_LOGITS_BYTES), most)
-    if sums_dweight and NativeProducts(-1).rounds_dweight(weight):
+    columns = weight.shape[0]
+    own = _native(weight, columns, -1)
+    rows, most = (OWN_CHUNKS if own else TORCH_CHUNKS)[weight.dtype]
+    limit = min(max(rows * columns * 4, REUSED_LOGITS_BYTES), most << 20)
+    if sums_dweight and own and weight.dtype == torch.bfloat16:
         of_all = num_rows * columns * 4
         if of_all <= limit + weight.numel() * (4 - 2):
             return max(limit, of_all)

@@ -63,10 +63,10 @@ def linear_policy_loss(
     backward refuses an incoming gradient other than 1 (use grad_scale). Vocabulary, group, masks
     and numerics: linear_logprobs.
 
-    At most `max_logits_bytes` of logits are alive (default 256 MiB on a CPU, 3 GiB on CUDA). By
-    native code, whose rows are rounded up to 16, from 512 on to 32, the default is 112 MiB where it
-    multiplies in float32, and 384 MiB in bfloat16: there d(weight) needs a float32 sum only if
-    there are several chunks, and all rows are taken at once where that is no more memory.
+    At most `max_logits_bytes` of logits are alive (default 256 MiB on a CPU, 3 GiB on CUDA). Native
+    code rounds its rows up to 16, from 512 on to 32. Where it multiplies, the default is 112 MiB in
+    float32 and 384 MiB in bfloat16; there d(weight) needs a float32 sum only if there are several
+    chunks, and all rows are taken at once where that is no more memory.
 
     Raises ValueError for arguments out of range, an objective whose loss is no scalar or whose
     metrics are not one number a sequence, and a backend that cannot run the call.
