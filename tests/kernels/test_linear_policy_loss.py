@@ -265,7 +265,7 @@ def test_repeat_is_bitwise(backend):
 
 @pytest.mark.parametrize("backend", [*FUSED, "reference"])
 @pytest.mark.parametrize("offsets", [[0], [0, 0, 0]])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_empty_batch(backend, offsets, dtype):
     case = make_case(0, 20).to(dtype)
     result = linear_policy_loss(
@@ -282,6 +282,17 @@ def test_empty_batch(backend, offsets, dtype):
     assert case.weight.grad is not None
     assert case.weight.grad.dtype == dtype
     assert not case.weight.grad.any()
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_chunks_of_the_default_size_take_every_dtype(backend):
+    case = make_case(T, V, size=2)
+    _, truth = evaluate(case, torch.float64, backend="reference")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        _, fused = evaluate(case, dtype, backend=backend)
+        _, plain = evaluate(case, dtype, backend="reference")
+        for name, value in fused.items():
+            assert_within_budget(value, plain[name], truth[name], f"{name} of {dtype}")
 
 
 def test_second_backward_is_refused():

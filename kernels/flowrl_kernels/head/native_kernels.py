@@ -27,7 +27,11 @@ from flowrl_kernels.head import products as torch_products
 # take 5% longer than 20, and more than 32 half as long again: malloc gives that back, and its pages
 # are new in every call.
 OWN_CHUNKS = {torch.bfloat16: (640, 384), torch.float32: (384, 112)}
-TORCH_CHUNKS = {torch.bfloat16: (256, 160), torch.float32: (384, 256)}
+TORCH_CHUNKS = {
+    torch.bfloat16: (256, 160),
+    torch.float16: (256, 160),
+    torch.float32: (384, 256),
+}
 REUSED_LOGITS_BYTES = 20 << 20
 FEWEST_COLUMNS = 2048  # below, tiles of the vocabulary are too few to share and float32 is torch's
 ROW_STEP = 16  # the workspace's columns are padded to whole vectors of rows
