@@ -119,7 +119,7 @@ def _memory_table(config: Config, size: base_model.ModelSize, needs: frozenset[s
         ),
         f"reference policy ({config.model.dtype})": width * size.parameters * ("ref" in needs),
         f"sampler's copy ({config.model.dtype})": width * size.parameters,
-        "logits chunk, at most": min(limit, rows),
+        "logits chunk, about": min(limit, rows),
     }
     for name, value in {**parts, "sum": sum(parts.values())}.items():
         table.add_row(name, f"{value / 1e9:.3f} GB")
