@@ -47,10 +47,10 @@ def logits_bytes(
     if max_logits_bytes is not None:
         return max_logits_bytes
     columns = weight.shape[0]
-    own = _native(weight, columns, -1)
-    rows, most = (OWN_CHUNKS if own else TORCH_CHUNKS)[weight.dtype]
+    sizes = OWN_CHUNKS if _native(weight, columns, -1) else TORCH_CHUNKS
+    rows, most = sizes[weight.dtype]
     limit = min(max(rows * columns * 4, REUSED_LOGITS_BYTES), most << 20)
-    if sums_dweight and own and weight.dtype == torch.bfloat16:
+    if sums_dweight and NativeProducts(-1).rounds_dweight(weight):
         of_all = num_rows * columns * 4
         if of_all <= limit + weight.numel() * (4 - 2):
             return max(limit, of_all)
