@@ -15,17 +15,7 @@ inline __mmask16 mask_of(int64_t count) {
 inline void emit_row(const Destination& to, int64_t row, __m512 low, __m512 high) {
   const __m512 scale = _mm512_set1_ps(to.scale);
   const __mmask16 first = mask_of(to.columns), second = mask_of(to.columns - 16);
-#ifdef __AVX512BF16__
-  if (to.rounded) {
-    BFloat16Bits* out = to.rounded + row * to.stride;
-    low = _mm512_mul_ps(low, scale);
-    high = _mm512_mul_ps(high, scale);
-    _mm256_mask_storeu_epi16(out, first, (__m256i)_mm512_cvtneps_pbh(low));
-    _mm256_mask_storeu_epi16(out + 16, second, (__m256i)_mm512_cvtneps_pbh(high));
-    return;
-  }
-#endif
-  float* out = to.out + row * to.stride;
+  float* out = to.out ? to.out + row * to.stride : nullptr;
   if (to.accumulate) {
     low = _mm512_fmadd_ps(low, scale, _mm512_maskz_loadu_ps(first, out));
     high = _mm512_fmadd_ps(high, scale, _mm512_maskz_loadu_ps(second, out + 16));
@@ -33,6 +23,14 @@ inline void emit_row(const Destination& to, int64_t row, __m512 low, __m512 high
     low = _mm512_mul_ps(low, scale);
     high = _mm512_mul_ps(high, scale);
   }
+#ifdef __AVX512BF16__
+  if (to.rounded) {
+    BFloat16Bits* rounded = to.rounded + row * to.stride;
+    _mm256_mask_storeu_epi16(rounded, first, (__m256i)_mm512_cvtneps_pbh(low));
+    _mm256_mask_storeu_epi16(rounded + 16, second, (__m256i)_mm512_cvtneps_pbh(high));
+    return;
+  }
+#endif
   _mm512_mask_storeu_ps(out, first, low);
   _mm512_mask_storeu_ps(out + 16, second, high);
 }
