@@ -72,8 +72,12 @@ class Display:
         self.live.update(Group(self._table(), self.progress))
 
     def evaluation(self, step: int, numbers: Mapping[str, float]) -> None:
+        heads = [name.rpartition("/")[0] for name in numbers if name.startswith("eval/")]
+        several = len(set(heads)) > 1
         shown = "  ".join(
-            f"{name.split('/')[-1]} {value:.3f}" for name, value in numbers.items() if _shown(name)
+            f"{name.removeprefix('eval/') if several else name.split('/')[-1]} {value:.3f}"
+            for name, value in numbers.items()
+            if _shown(name)
         )
         self.say(f"eval at step {step}: {shown}")
 

@@ -111,6 +111,7 @@ class Evaluator:
                 {
                     "prompt": prompt.text,
                     "index": prompt.index,
+                    "set": prompt.data.get("set"),
                     "solutions": None if solutions is None else sorted(solutions),
                     "counts": dict(Counter(s.solution for s in group if s.correct and s.solution)),
                     "correct": sum(s.correct for s in group),
@@ -122,14 +123,10 @@ class Evaluator:
     def _sampled_metrics(
         self, problems: Sequence[dict[str, Any]], rollouts: Sequence[Rollout]
     ) -> dict[str, float]:
-        n = self.config.eval.samples
-        prefix = f"eval/{self.task.name}"
-        metrics = {f"{prefix}/avg@{n}": float(np.mean([p["correct"] / n for p in problems]))}
-        for k in (4, 16, 64):
-            if k <= n:
-                rates = [pass_at_k(n, p["correct"], k) for p in problems]
-                metrics[f"{prefix}/pass@{k}"] = float(np.mean(rates))
-        metrics[f"{prefix}/response_length"] = float(
+        metrics = self._success(problems, self.task.name)
+        for name in sorted({p["set"] for p in problems if p["set"]}):
+            metrics |= self._success([p for p in problems if p["set"] == name], name)
+        metrics[f"eval/{self.task.name}/response_length"] = float(
             np.mean([len(r.response_ids) for r in rollouts])
         )
         metrics["diversity/distinct_solutions"] = float(
@@ -144,6 +141,16 @@ class Evaluator:
         metrics["diversity/distinct_2"] = diversity.distinct_n(
             [r.response_ids for r in rollouts], 2
         )
+        return metrics
+
+    def _success(self, problems: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
+        """avg@k and pass@k of these problems, under the set's name."""
+        n = self.config.eval.samples
+        metrics = {f"eval/{name}/avg@{n}": float(np.mean([p["correct"] / n for p in problems]))}
+        for k in (4, 16, 64):
+            if k <= n:
+                rates = [pass_at_k(n, p["correct"], k) for p in problems]
+                metrics[f"eval/{name}/pass@{k}"] = float(np.mean(rates))
         return metrics
 
     @staticmethod

@@ -17,6 +17,10 @@ from torch import Tensor
 IGNORE_INDEX = -100  # target of a response token that takes no part in the loss
 
 
+Message = Mapping[str, str]
+"""Of a chat: {"role": "user", "content": ...}."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One problem. `index` identifies it within its split and keys the sampling noise."""
@@ -25,6 +29,7 @@ class Prompt:
     text: str
     token_ids: tuple[int, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict)  # the task's own payload, JSON-able
+    messages: tuple[Message, ...] = ()  # become `text` when token ids are made; then empty
 
 
 @dataclass(frozen=True)

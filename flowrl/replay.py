@@ -70,7 +70,8 @@ class ReplayBuffer:
 def _group(row: dict) -> Group:
     rollouts = []
     for fields in row["rollouts"]:
-        prompt = Prompt(**{**fields["prompt"], "token_ids": tuple(fields["prompt"]["token_ids"])})
+        lists = {name: tuple(fields["prompt"][name]) for name in ("token_ids", "messages")}
+        prompt = Prompt(**{**fields["prompt"], **lists})
         lists = {name: tuple(fields[name]) for name in ("response_ids", "rollout_logprobs")}
         rollouts.append(Rollout(**{**fields, "prompt": prompt, **lists}))
     return Group(tuple(rollouts), tuple(Score(**score) for score in row["scores"]))

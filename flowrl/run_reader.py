@@ -35,6 +35,10 @@ class RunData:
         return self.train[-1]["step"] if self.train else 0
 
     @property
+    def eval_sets(self) -> set[str]:
+        return {n.split("/")[1] for row in self.evals for n in row if n.startswith("eval/")}
+
+    @property
     def planned_steps(self) -> int | None:
         return self.config.get("trainer", {}).get("steps")
 

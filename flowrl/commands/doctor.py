@@ -33,7 +33,7 @@ PURPOSE = {
     "megatron-core": "model.backend=megatron: tensor and pipeline parallel training",
     "psutil": "what megatron-core imports",
     "transformer-engine": "model.fp8, on a GPU",
-    "math-verify": "a user's scorer of mathematical answers",
+    "math-verify": "task.scorer=math_verify: mathematical answers by algebra",
     "tensorboard": "logger beside metrics.jsonl",
     "wandb": "logger beside metrics.jsonl",
 }

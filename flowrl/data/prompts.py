@@ -15,16 +15,26 @@ class Tokenizer(Protocol):
 
     unk_token_id: int | None
 
+    chat_template: Any
+
     def __call__(self, text: str, *, add_special_tokens: bool) -> Any: ...
+
+    def apply_chat_template(
+        self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool
+    ) -> Any: ...
 
 
 def encode_prompts(
     prompts: Sequence[Prompt], tokenizer: Tokenizer, max_tokens: int
 ) -> list[Prompt]:
-    """The prompts with token ids. Raises ConfigError for one that is empty, longer than
-    `max_tokens`, or has characters that the tokenizer does not know."""
+    """The prompts with token ids, messages as the text that the tokenizer's chat template makes of
+    them. Raises ConfigError for one that is empty, longer than `max_tokens`, has characters that
+    the tokenizer does not know, or messages that it has no template for."""
     encoded = []
     for prompt in prompts:
+        if prompt.messages:
+            text = _chat_text(prompt, tokenizer)
+            prompt = dataclasses.replace(prompt, text=text, messages=())
         ids = tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
         start = f"prompt {prompt.index} ({prompt.text[:40]!r})"
         if not 0 < len(ids) <= max_tokens:
@@ -39,3 +49,20 @@ def encode_prompts(
             )
         encoded.append(dataclasses.replace(prompt, token_ids=tuple(ids)))
     return encoded
+
+
+def _chat_text(prompt: Prompt, tokenizer: Tokenizer) -> str:
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"prompt {prompt.index} is a list of messages, and the model's tokenizer has no chat "
+            "template; set model.path to a chat model, or write prompts as strings"
+        )
+    try:
+        return tokenizer.apply_chat_template(
+            list(prompt.messages), tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # of the template: it may refuse a role or an order
+        raise ConfigError(
+            f"prompt {prompt.index}: the tokenizer's chat template refuses its messages: {error}; "
+            "correct them"
+        ) from error

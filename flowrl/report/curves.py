@@ -88,7 +88,7 @@ def _reward(run: RunData) -> Plot | None:
 
 def _eval(run: RunData) -> Plot | None:
     names = {
-        name: f"{match[2]}@{match[3]}" + (f" {match[1]}" if len(_eval_sets(run)) > 1 else "")
+        name: f"{match[2]}@{match[3]}" + (f" {match[1]}" if len(run.eval_sets) > 1 else "")
         for name in (run.evals[0] if run.evals else {})
         if (match := re.fullmatch(r"eval/([^/]+)/(avg|pass)@(\d+)", name))
     }
@@ -98,10 +98,6 @@ def _eval(run: RunData) -> Plot | None:
         "at least one right answer among k. Step 0 is before training.",
         [_panel("share", run.evals, names, "share", marked=True)],
     )  # fmt: skip
-
-
-def _eval_sets(run: RunData) -> set[str]:
-    return {n.split("/")[1] for row in run.evals for n in row if n.startswith("eval/")}
 
 
 def _optimizer(run: RunData) -> Plot | None:

@@ -181,7 +181,7 @@ def headline(run: RunData) -> Headline | None:
         line
         for measure in MEASURES
         for name in first
-        if (line := _line(measure, name, first, last)) is not None
+        if (line := _line(measure, name, first, last, len(run.eval_sets) > 1)) is not None
     ]
     return Headline(first["step"], last["step"] if last else None, tuple(lines))
 
@@ -202,12 +202,19 @@ def summary(found: Headline) -> str:
 
 
 def _line(
-    measure: Measure, name: str, first: Mapping[str, Any], last: Mapping[str, Any] | None
+    measure: Measure,
+    name: str,
+    first: Mapping[str, Any],
+    last: Mapping[str, Any] | None,
+    several_sets: bool,
 ) -> Line | None:
     match = re.fullmatch(measure.pattern, name)
     if match is None:
         return None
     groups = match.groupdict()
+    title = measure.title.format(**groups)
+    if several_sets and "set" in groups:
+        title += f" {groups['set']}"
     write = _FORMATS[measure.unit]
     after = last.get(name) if last else None
     change, verdict = "", "neither"
@@ -216,7 +223,7 @@ def _line(
         verdict = _verdict(measure.good, change)
     return Line(
         metric=name,
-        title=measure.title.format(**groups),
+        title=title,
         definition=measure.definition.format(**groups),
         before=write(first[name]),
         after="" if after is None else write(after),

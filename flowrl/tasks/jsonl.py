@@ -1,9 +1,9 @@
-"""Prompts and answers from JSON Lines files, scored by exact match or by a user's function.
+"""Prompts and answers from JSON Lines files, with a shipped scorer or a user's function.
 
     {"prompt": "What is 2+2? ", "answer": "4"}
 
-Every line is an object; `prompt_field` and `answer_field` name its two strings, and the whole
-object reaches the user's function as `row`:
+Every line is an object; `prompt_field` and `answer_field` name its prompt (a string, or chat
+messages) and its answer, and the whole object reaches the user's function as `row`:
 
     def score(prompt: str, response: str, answer: str, row: dict) -> float | bool | dict
 
@@ -12,20 +12,22 @@ Fields, return values and limits: docs/tasks.md.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import importlib.util
 import queue
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from flowrl.config import build_options
 from flowrl.records import Prompt, Rollout, Score
-from flowrl.schema import ConfigError, nearest, require
+from flowrl.schema import require
 from flowrl.tasks import Outcome
+from flowrl.tasks.jsonl_rows import Fields, Row, read_rows
 from flowrl.tasks.scorer_process import ScorerProcess
+from flowrl.tasks.scorers import SHIPPED
 from flowrl.tasks.splits import Splits
 
 
@@ -34,17 +36,22 @@ class Options:
     train: str = ""
     """File of training problems, one JSON object a line. Required."""
     eval: str = ""
-    """File of evaluation problems. Empty: the last eval_fraction of the training file."""
+    """File of evaluation problems, or several with commas between: sets, called as their files
+    are. Empty: the last eval_fraction of the training file."""
     eval_fraction: float = 0.1
     """Share of the training file, from its end, held out where `eval` is empty; never no line."""
     prompt_field: str = "prompt"
-    """Field of the prompt text, given to the model as it stands."""
+    """Field of the prompt: a string, given to the model as it stands, or a list of chat messages,
+    put through the tokenizer's chat template. A dot leads into an object, here and below."""
     answer_field: str = "answer"
     """Field of the reference answer. Empty, with a scorer of your own: rows need none."""
     scorer: str = "exact"
-    """exact (equal after stripping white space), or path/to/file.py:function."""
+    """exact (equal after stripping white space), answer_line (the line `Answer: ...`, +1 or -1),
+    math_verify (by algebra, +1 or -1), or path/to/file.py:function."""
+    eval_scorer: str = ""
+    """Scorer of evaluation problems. Empty: that of training."""
     scorer_workers: int = 1
-    """Processes that run your function, side by side."""
+    """Processes that run a scorer other than exact, side by side."""
     seed: int = 0
     """Seed of the order of training problems."""
 
@@ -63,24 +70,47 @@ class Options:
             "set task.scorer_workers=1",
         )
         require(bool(self.prompt_field), "task.prompt_field must name a field, got ''")
-        path, _, function = self.scorer.rpartition(":")
+        _check_scorer("scorer", self.scorer)
+        _check_scorer("eval_scorer", self.scorer_of("eval"))
+        shipped = {self.scorer, self.scorer_of("eval")} & {"exact", *SHIPPED}
         require(
-            self.scorer == "exact" or (path.endswith(".py") and function.isidentifier()),
-            f"task.scorer must be exact or path/to/file.py:function, got {self.scorer!r}; write "
-            + (f"{self.scorer}:FUNCTION" if self.scorer.endswith(".py") else "exact"),
+            bool(self.answer_field) or not shipped,
+            f"the scorer {', '.join(sorted(shipped))} needs answers, got task.answer_field=''; "
+            "name the field",
         )
+        names = [path.stem for path in self.eval_files]
         require(
-            bool(self.answer_field) or self.scorer != "exact",
-            "task.scorer=exact needs answers, got task.answer_field=''; name the field",
+            len(set(names)) == len(names),
+            f"task.eval must name files that differ in their names, got {self.eval}; rename one",
         )
+
+    def scorer_of(self, split: str) -> str:
+        return self.eval_scorer if split == "eval" and self.eval_scorer else self.scorer
+
+    @property
+    def eval_files(self) -> list[Path]:
+        return [Path(name.strip()) for name in self.eval.split(",") if name.strip()]
+
+
+def _check_scorer(option: str, scorer: str) -> None:
+    names = ("exact", *SHIPPED)
+    path, _, function = scorer.rpartition(":")
+    require(
+        scorer in names or (path.endswith(".py") and function.isidentifier()),
+        f"task.{option} must be {', '.join(names)} or path/to/file.py:function, got {scorer!r}; "
+        f"write {f'{scorer}:FUNCTION' if scorer.endswith('.py') else 'exact'}",
+    )
+    require(
+        scorer != "math_verify" or importlib.util.find_spec("math_verify") is not None,
+        f"task.{option}=math_verify needs the package math-verify; "
+        "pip install 'flowrl-trainer[math]'",
+    )
 
 
 @dataclass(frozen=True)
-class Row:
-    prompt: str
-    answer: str  # "" without an answer_field
-    fields: dict[str, Any]  # the whole line
-    problem: str  # identifies the prompt's text
+class Problem:
+    row: Row
+    eval_set: str | None = None  # the file's name, where there are several
 
 
 class Jsonl:
@@ -89,9 +119,17 @@ class Jsonl:
 
     def __init__(self, options: Options, timeout_s: float) -> None:
         self.options = options
-        train = read_rows(Path(options.train), options)
-        if options.eval:
-            held = read_rows(Path(options.eval), options)
+        scorers = {options.scorer, options.scorer_of("eval")}
+        names = Fields(options.prompt_field, options.answer_field, scorers.isdisjoint(SHIPPED))
+        train = [Problem(row) for row in read_rows(Path(options.train), names)]
+        files = options.eval_files
+        if files:
+            sets = [
+                [Problem(row, path.stem if files[1:] else None) for row in read_rows(path, names)]
+                for path in files
+            ]
+            # In turn, so that the first n hold some of every set.
+            held = [p for turn in zip_longest(*sets) for p in turn if p is not None]
         else:
             count = max(1, round(len(train) * options.eval_fraction))
             require(
@@ -100,43 +138,56 @@ class Jsonl:
                 "give task.eval a file of its own",
             )
             train, held = train[:-count], train[-count:]
-        self._splits: Splits[Row] = Splits(train, held, options.seed)
-        self._scorers: list[ScorerProcess] = []
-        if options.scorer != "exact":
-            path, _, function = options.scorer.rpartition(":")
-            for _ in range(options.scorer_workers):
-                self._scorers.append(ScorerProcess(path, function, timeout_s))
+        self._splits: Splits[Problem] = Splits(train, held, options.seed)
+        self._scorers: dict[str, list[ScorerProcess]] = {}
+        for scorer in sorted(scorers - {"exact"}):
+            path, _, function = scorer.rpartition(":")
+            given = (SHIPPED[scorer], "score") if scorer in SHIPPED else (path, function)
+            workers = range(options.scorer_workers)
+            self._scorers[scorer] = [ScorerProcess(*given, timeout_s) for _ in workers]
 
     def prompt(self, split: str, index: int) -> Prompt:
-        row = self._splits.problem(split, index)
-        data = {"problem": row.problem, "answer": row.answer, "row": row.fields}
-        return Prompt(index, row.prompt, data=data)
+        problem = self._splits.problem(split, index)
+        row = problem.row
+        data = {
+            "problem": row.problem,
+            "answer": row.answer,
+            "row": row.fields,
+            "scorer": self.options.scorer_of(split),
+        }
+        if problem.eval_set is not None:
+            data["set"] = problem.eval_set
+        return Prompt(index, row.text, data=data, messages=row.messages)
 
     def num_prompts(self, split: str) -> int:
         return self._splits.num(split)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        """Exact match: reward 1 or 0, and the answer as the solution. A user's function: what it
-        says; a call that fails has Score.error."""
-        if not self._scorers:
-            return [_exact(rollout) for rollout in rollouts]
-        free: queue.SimpleQueue[ScorerProcess] = queue.SimpleQueue()
-        for scorer in self._scorers:
-            free.put(scorer)
+        """Exact match: reward 1 or 0, and the answer as the solution. The other scorers: what they
+        say; a call that fails has Score.error."""
+        free: dict[str, queue.SimpleQueue[ScorerProcess]] = {}
+        for name, scorers in self._scorers.items():
+            free[name] = queue.SimpleQueue()
+            for scorer in scorers:
+                free[name].put(scorer)
 
         def call(rollout: Rollout) -> Score:
-            scorer = free.get()
+            data = rollout.prompt.data
+            if data["scorer"] == "exact":
+                return _exact(rollout)
+            scorers = free[data["scorer"]]
+            scorer = scorers.get()
             try:
-                data = rollout.prompt.data
                 return scorer.score(rollout.prompt.text, rollout.text, data["answer"], data["row"])
             finally:
-                free.put(scorer)
+                scorers.put(scorer)
 
-        with ThreadPoolExecutor(len(self._scorers)) as pool:
+        with ThreadPoolExecutor(self.options.scorer_workers) as pool:
             return list(pool.map(call, rollouts))
 
     def solutions(self, prompt: Prompt) -> frozenset[str] | None:
-        return None if self._scorers else frozenset([prompt.data["answer"].strip()])
+        exact = prompt.data["scorer"] == "exact"
+        return frozenset([prompt.data["answer"].strip()]) if exact else None
 
     def outcomes(self, prompt: Prompt) -> list[Outcome] | None:
         return None
@@ -145,71 +196,13 @@ class Jsonl:
         return None
 
     def close(self) -> None:
-        for scorer in self._scorers:
-            scorer.close()
+        for scorers in self._scorers.values():
+            for scorer in scorers:
+                scorer.close()
 
 
 def build(options: dict[str, Any], timeout_s: float) -> Jsonl:
     return Jsonl(build_options(Options, options, "task"), timeout_s)
-
-
-def read_rows(path: Path, options: Options) -> list[Row]:
-    """The file's problems. Raises ConfigError with file and line for whatever cannot be one."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {error.strerror}; correct task.train or task.eval"
-        ) from error
-    rows: list[Row] = []
-    seen: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            row = _read_row(line, f"{path}, line {number}", options)
-            if row.prompt in seen:
-                raise ConfigError(
-                    f"{path}, line {number}: the same prompt as line {seen[row.prompt]}; remove one"
-                )
-            seen[row.prompt] = number
-            rows.append(row)
-    require(bool(rows), f"{path} has no problems; write one JSON object a line")
-    return rows
-
-
-def _read_row(line: bytes, where: str, options: Options) -> Row:
-    try:
-        fields = json.loads(line.decode(), parse_constant=_reject_constant)
-    except (ValueError, RecursionError) as error:  # of decoding, of JSON, or nested too deeply
-        raise ConfigError(f"{where}: not valid UTF-8 JSON: {error}; correct that line") from error
-    require(
-        isinstance(fields, dict),
-        f"{where}: must be a JSON object, got {type(fields).__name__}; "
-        f'write {{"{options.prompt_field}": ...}}',
-    )
-    prompt = _string(fields, options.prompt_field, where, "prompt_field")
-    require(bool(prompt), f"{where}: {options.prompt_field!r} is empty; remove that line")
-    answer = ""
-    if options.answer_field:
-        answer = _string(fields, options.answer_field, where, "answer_field")
-    digest = hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-    return Row(prompt, answer, fields, digest)
-
-
-def _string(fields: dict[str, Any], name: str, where: str, option: str) -> str:
-    if name not in fields:
-        raise ConfigError(
-            f"{where}: no field {name!r} (task.{option}){nearest(name, [str(f) for f in fields])}"
-        )
-    value = fields[name]
-    require(
-        isinstance(value, str),
-        f"{where}: field {name!r} must be a string, got {json.dumps(value)[:60]}; put it in quotes",
-    )
-    return value
-
-
-def _reject_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _exact(rollout: Rollout) -> Score:

@@ -49,6 +49,40 @@ def test_an_evaluation_file_of_its_own_and_other_field_names(tmp_path):
     assert prompts(task, "eval") == [row["q"] for row in rows[15:]]
 
 
+def test_several_evaluation_files_take_turns(tmp_path):
+    held = [write(tmp_path / f"{n}.jsonl", GOOD[i : i + n]) for i, n in ((0, 1), (1, 3), (4, 2))]
+    task = build({"train": write(tmp_path / "t.jsonl", GOOD), "eval": ", ".join(held)}, 1.0)
+    sets = [task.prompt("eval", i).data["set"] for i in range(task.num_prompts("eval"))]
+    assert sets == ["1", "3", "2", "3", "2", "3"]
+    assert "set" not in task.prompt("train", 0).data
+
+
+def test_messages_and_fields_inside_objects(tmp_path):
+    chat = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1"}]
+    other = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+2"}]
+    rows = [
+        {"q": {"chat": chat}, "gold": {"a": "2"}},
+        {"q": {"chat": other}, "gold": {"a": "4"}, "gold.a": "3"},
+    ]
+    train = write(tmp_path / "a.jsonl", rows)
+    options = {"train": train, "eval": train, "prompt_field": "q.chat", "answer_field": "gold.a"}
+    task = build(options, 1.0)
+    first, second = task.prompt("eval", 0), task.prompt("eval", 1)
+    assert first.messages == tuple(chat)
+    assert first.text == "Add.\n1+1"
+    assert first.data["problem"] != second.data["problem"]
+    assert [p.data["answer"] for p in (first, second)] == ["2", "3"]  # a field's own name first
+    json.dumps(first.data)
+
+
+def test_a_scorer_that_compares_needs_every_answer(tmp_path):
+    rows = [GOOD[0], {"prompt": "x", "answer": " "}]
+    path = write(tmp_path / "a.jsonl", rows)
+    assert build({"train": path}, 1.0).num_prompts("train") == 1  # "exact" may expect silence
+    with pytest.raises(ConfigError, match="line 2: 'answer' is empty"):
+        build({"train": path, "scorer": "answer_line"}, 1.0)
+
+
 def test_exact_match_strips_white_space_only(tmp_path):
     rows = [{"prompt": "p", "answer": " Two words\n"}, {"prompt": "r", "answer": "x"}]
     task = build({"train": write(tmp_path / "a.jsonl", rows)}, 1.0)
@@ -74,6 +108,10 @@ def test_exact_match_strips_white_space_only(tmp_path):
         ([{"prompt": None, "answer": "4"}], "line 1: field 'prompt' must be a string, got null"),
         ([{"prompt": "", "answer": "4"}], "line 1: 'prompt' is empty"),
         ([GOOD[0], GOOD[1], GOOD[0]], "line 3: the same prompt as line 1"),
+        ([{"prompt": [], "answer": "1"}], "line 1: field 'prompt' has no messages"),
+        ([{"prompt": ["hi"], "answer": "1"}], "line 1: field 'prompt': a message must be an"),
+        ([{"prompt": [{"role": "user"}], "answer": "1"}], "strings role and content, got {.role"),
+        ([{"prompt": [{"role": "user", "content": None}], "answer": "1"}], "strings role and"),
         ([], "a.jsonl has no problems"),
         (["", "  "], "a.jsonl has no problems"),
         ([GOOD[0]], "1 problems, too few to hold out 1"),
@@ -99,6 +137,10 @@ def test_other_bad_input(tmp_path):
         ({"train": good, "evaluation": good}, "unknown setting task.evaluation"),
         ({"train": good, "scorer_workers": 0}, "task.scorer_workers"),
         ({"train": good, "eval_fraction": 0.0}, "task.eval_fraction"),
+        ({"train": good, "eval_scorer": "exakt"}, "task.eval_scorer .* got 'exakt'"),
+        ({"train": good, "scorer": "answer_line", "answer_field": ""}, "answer_line needs answers"),
+        ({"train": good, "eval": f"{good},b/a.jsonl"}, "differ in their names"),
+        ({"train": good, "answer_field": "answer.text"}, "no field 'answer.text'"),
     ]:
         with pytest.raises(ConfigError, match=message):
             build(options, 1.0)

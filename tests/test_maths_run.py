@@ -1,0 +1,109 @@
+"""Chat prompts, sets of evaluation problems and the shipped scorers of maths in a whole run."""
+
+import json
+from pathlib import Path
+
+import pytest
+from chat_model import make_chat_model
+
+from flowrl.cli import main
+from flowrl.tasks.scorers.answer_line import score
+
+
+def rows(first: int, count: int) -> str:
+    """Problems as DAPO-Math-17k has them: chat messages, and the answer inside an object."""
+    lines = [
+        {
+            "prompt": [{"role": "user", "content": f"{n} + 1 = ?"}],
+            "reward_model": {"ground_truth": str(n + 1)},
+        }
+        for n in range(first, first + count)
+    ]
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    for name, first, count in (("train", 0, 8), ("aime", 20, 2), ("minerva", 30, 5)):
+        (tmp_path / f"{name}.jsonl").write_text(rows(first, count))
+    held = f"{tmp_path}/aime.jsonl,{tmp_path}/minerva.jsonl"
+    return ["--task.name", "jsonl", "--task.train", f"{tmp_path}/train.jsonl", "--task.eval", held,
+            "--task.answer_field", "reward_model.ground_truth",
+            "--task.scorer", "answer_line"]  # fmt: skip
+
+
+def run(model: str, files: list[str], run_dir: Path, *args: str) -> None:
+    main(["train", "--model.path", model, *files, "--run.dir", str(run_dir), "--trainer.steps", "1",
+          "--rollout.max_new_tokens", "6", "--eval.samples", "4", "--eval.num_prompts", "6",
+          "--batch.prompts_per_step", "2", "--batch.updates_per_step", "1",
+          "--checkpoint.every", "0", *args])  # fmt: skip
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_on_chat_prompts_with_two_sets(tmp_path, files, capsys):
+    run(make_chat_model(tmp_path / "model"), files, tmp_path / "run")
+    trained = read(tmp_path / "run" / "samples" / "step_000001.jsonl")
+    for sample in trained:
+        assert sample["prompt"].startswith("<|user|>")
+        assert sample["prompt"].endswith(" + 1 = ?<|end|><|assistant|>")
+        marks = [i for i in sample["prompt_ids"] if i < 3]
+        assert marks == [1, 0, 2]  # special tokens, each one id
+        assert sample["reward"] == -1.0
+    evaluated = next((tmp_path / "run" / "evals").glob("step_000000.json"))
+    problems = json.loads(evaluated.read_text())["problems"]
+    assert [p["set"] for p in problems] == ["aime", "minerva"] * 2 + ["minerva"] * 2
+    first = next(r for r in read(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "eval")
+    names = {name.split("/")[1] for name in first if name.startswith("eval/")}
+    assert names == {"jsonl", "aime", "minerva"}
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "avg@4 minerva" in report
+    assert "minerva/avg@4 0.000" in capsys.readouterr().out
+
+
+def test_a_set_has_the_mean_of_its_own_problems(tmp_path, files):
+    """With a scorer under which aime is always right and minerva never."""
+    (tmp_path / "grade.py").write_text(
+        "def score(prompt, response, answer, row):\n    return int(answer) < 25\n"
+    )
+    grade = f"{tmp_path}/grade.py:score"
+    run(make_chat_model(tmp_path / "model"), files, tmp_path / "run", "--task.eval_scorer", grade)
+    first = next(r for r in read(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "eval")
+    assert first["eval/aime/avg@4"] == first["eval/aime/pass@4"] == 1.0
+    assert first["eval/minerva/avg@4"] == first["eval/minerva/pass@4"] == 0.0
+    assert first["eval/jsonl/avg@4"] == pytest.approx(2 / 6)
+    trained = read(tmp_path / "run" / "samples" / "step_000001.jsonl")
+    assert {sample["reward"] for sample in trained} == {score("", "", "1", {})["reward"]}
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "has no chat template; set model.path"),
+        ("{{ raise_exception('no users') }}", "refuses its messages: no users"),
+    ],
+)
+def test_a_template_that_is_missing_or_refuses(tmp_path, files, capsys, template, message):
+    model = make_chat_model(tmp_path / "model", template)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run(model, files, tmp_path / "run", "--dry-run")
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert message in error[0]
+
+
+def test_a_dry_run_reads_every_prompt(tmp_path, files, capsys):
+    with (tmp_path / "minerva.jsonl").open("a") as file:
+        file.write(rows(10**20, 1))
+    model = make_chat_model(tmp_path / "model")
+    run(model, files, tmp_path / "run", "--dry-run", "--rollout.max_prompt_tokens", "40")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run(model, files, tmp_path / "run", "--dry-run", "--rollout.max_prompt_tokens", "20")
+    assert "has 32 tokens, the limit is 20; set rollout.max_prompt_tokens=32" in (
+        capsys.readouterr().err
+    )
