@@ -72,13 +72,14 @@ class Display:
         self.live.update(Group(self._table(), self.progress))
 
     def evaluation(self, step: int, numbers: Mapping[str, float]) -> None:
-        heads = [name.rpartition("/")[0] for name in numbers if name.startswith("eval/")]
-        several = len(set(heads)) > 1
-        shown = "  ".join(
-            f"{name.removeprefix('eval/') if several else name.split('/')[-1]} {value:.3f}"
-            for name, value in numbers.items()
-            if _shown(name)
-        )
+        """The numbers of all problems, then of each set, where there are several, its avg@k."""
+        sets = list(dict.fromkeys(n.split("/")[1] for n in numbers if n.startswith("eval/")))
+        whole = {n: v for n, v in numbers.items() if n.split("/")[1] not in sets[1:] and _shown(n)}
+        shown = [f"{name.split('/')[-1]} {value:.3f}" for name, value in whole.items()]
+        for name, value in numbers.items():
+            if name.split("/")[1] in sets[1:] and "/avg@" in name:
+                shown.append(f"{name.removeprefix('eval/')} {value:.3f}")
+        shown = "  ".join(shown)
         self.say(f"eval at step {step}: {shown}")
 
     def _table(self) -> Table:

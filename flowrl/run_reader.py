@@ -35,8 +35,10 @@ class RunData:
         return self.train[-1]["step"] if self.train else 0
 
     @property
-    def eval_sets(self) -> set[str]:
-        return {n.split("/")[1] for row in self.evals for n in row if n.startswith("eval/")}
+    def eval_sets(self) -> list[str]:
+        """Names in eval/<name>/...: all problems together, then their sets if there are several."""
+        named = [n.split("/")[1] for row in self.evals for n in row if n.startswith("eval/")]
+        return list(dict.fromkeys(named))
 
     @property
     def planned_steps(self) -> int | None:

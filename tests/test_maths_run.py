@@ -59,8 +59,12 @@ def test_a_run_on_chat_prompts_with_two_sets(tmp_path, files, capsys):
     names = {name.split("/")[1] for name in first if name.startswith("eval/")}
     assert names == {"jsonl", "aime", "minerva"}
     report = (tmp_path / "run" / "report.html").read_text()
-    assert "avg@4 minerva" in report
-    assert "minerva/avg@4 0.000" in capsys.readouterr().out
+    assert "avg@4, minerva" in report
+    assert "pass@4, minerva" not in report
+    assert "set by set" in report
+    said = capsys.readouterr().out
+    assert "eval at step 1: avg@4 0.000  pass@4 0.000  " in said
+    assert "  aime/avg@4 0.000  minerva/avg@4 0.000\n" in said
 
 
 def test_a_set_has_the_mean_of_its_own_problems(tmp_path, files):

@@ -33,7 +33,9 @@ MAX_BARS = 60
 def sections(run: RunData) -> list[Section]:
     """All sections but the one on solutions; a plot without data is left out."""
     return [
-        _section("learning", "Learning", _reward(run), _eval(run), _optimizer(run)),
+        _section(
+            "learning", "Learning", _reward(run), _eval(run), _eval_sets(run), _optimizer(run)
+        ),
         _section("diversity", "Diversity", _entropy(run), _coverage(run), _distance(run)),
         _section(
             "flow", "Trajectory balance", _log_z(run), _residual_histogram(run), _weights(run)
@@ -88,14 +90,28 @@ def _reward(run: RunData) -> Plot | None:
 
 def _eval(run: RunData) -> Plot | None:
     names = {
-        name: f"{match[2]}@{match[3]}" + (f" {match[1]}" if len(run.eval_sets) > 1 else "")
-        for name in (run.evals[0] if run.evals else {})
-        if (match := re.fullmatch(r"eval/([^/]+)/(avg|pass)@(\d+)", name))
+        name: f"{match[1]}@{match[2]}"
+        for whole in run.eval_sets[:1]
+        for name in run.evals[0]
+        if (match := re.fullmatch(rf"eval/{re.escape(whole)}/(avg|pass)@(\d+)", name))
     }
     return draw_panels(
         "eval", "Held-out problems",
         "avg@k: share of right answers among k samples per problem. pass@k: share of problems with "
         "at least one right answer among k. Step 0 is before training.",
+        [_panel("share", run.evals, names, "share", marked=True)],
+    )  # fmt: skip
+
+
+def _eval_sets(run: RunData) -> Plot | None:
+    names = {
+        name: match[1]
+        for name in (run.evals[0] if run.evals else {})
+        if (match := re.fullmatch(r"eval/([^/]+)/avg@\d+", name)) and match[1] in run.eval_sets[1:]
+    }
+    return draw_panels(
+        "sets", "Held-out problems, set by set",
+        "Share of right answers, mean over the problems of each set.",
         [_panel("share", run.evals, names, "share", marked=True)],
     )  # fmt: skip
 

@@ -4,7 +4,7 @@ measures, and whether it became better or worse."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -181,7 +181,7 @@ def headline(run: RunData) -> Headline | None:
         line
         for measure in MEASURES
         for name in first
-        if (line := _line(measure, name, first, last, len(run.eval_sets) > 1)) is not None
+        if (line := _line(measure, name, first, last, run.eval_sets[1:])) is not None
     ]
     return Headline(first["step"], last["step"] if last else None, tuple(lines))
 
@@ -206,15 +206,18 @@ def _line(
     name: str,
     first: Mapping[str, Any],
     last: Mapping[str, Any] | None,
-    several_sets: bool,
+    sets: Sequence[str],
 ) -> Line | None:
+    """Of `sets` avg@k alone, called after the set."""
     match = re.fullmatch(measure.pattern, name)
     if match is None:
         return None
     groups = match.groupdict()
     title = measure.title.format(**groups)
-    if several_sets and "set" in groups:
-        title += f" {groups['set']}"
+    if groups.get("set") in sets:
+        if "/avg@" not in name:
+            return None
+        title += f", {groups['set']}"
     write = _FORMATS[measure.unit]
     after = last.get(name) if last else None
     change, verdict = "", "neither"
