@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tests and benchmarks on a machine with an H100 or H200: torch >= 2.11 and triton >= 3.6, nothing
-# else. Leaves JSON files, logs and summary.txt in OUT.
+# else. Leaves JSON files, logs.tgz and summary.txt in OUT; ends with the worst status of its parts.
 #
 #   bench/gpu_session.sh OUT [WHEELS] [PART ...]
 #
@@ -29,8 +29,8 @@ if [ ${#parts[@]} = 0 ]; then
 fi
 python=${PYTHON:-python3}
 cd "$root" || exit 1
-site=$(mktemp -d)
-trap 'rm -rf "$site"' EXIT
+site=$(mktemp -d) logs=$(mktemp -d) worst=0
+trap 'rm -rf "$site" "$logs"' EXIT
 export PYTHONPATH="$root/kernels:$root:$root/tests:$root/tests/kernels${PYTHONPATH:+:$PYTHONPATH}"
 unset TRITON_INTERPRET TORCH_ALLOW_TF32_CUBLAS_OVERRIDE # float32 products in float32
 
@@ -44,18 +44,20 @@ if [ -n "$wheels" ]; then
   for wheel in "$wheels"/*.whl; do
     target="$site/$(basename "$wheel" .whl)" # one each: pip does not merge their bin/
     "$python" -m pip install -q --no-index --no-deps --target "$target" "$wheel" \
-      >>"$out/install.log" 2>&1 || note "left out, does not install: $(basename "$wheel")"
+      >>"$logs/install.log" 2>&1 || note "left out, does not install: $(basename "$wheel")"
     export PYTHONPATH="$PYTHONPATH:$target" PATH="$target/bin:$PATH"
   done
 fi
 
-run() { # part, command: at most 590 seconds, the log kept, the others go on
+run() { # part, command: at most 590 seconds, the log kept at once, the others go on
   local name=$1 start=$SECONDS
   shift
-  timeout -k 10 590 "$@" >"$out/$name.log" 2>&1
+  timeout -k 10 590 "$@" >"$logs/$name.log" 2>&1
   local status=$?
+  [ "$status" -le "$worst" ] || worst=$status
   note "$name: exit $status after $((SECONDS - start)) s"
-  tail -n 40 "$out/$name.log" >>"$out/summary.txt"
+  tail -n 40 "$logs/$name.log" >>"$out/summary.txt"
+  tar -czf "$out/logs.tgz" -C "$logs" .
 }
 
 bench() { # part, benchmark, options
@@ -72,7 +74,7 @@ test_files() { # part, pytest options; under the program in $under, if any
     run "$name" ${under:-} "$python" -m pytest -q -c /dev/null --rootdir "$root" --noconftest \
       -p no:cacheprovider --maxfail=10 -o faulthandler_timeout=120 "$@"
   else
-    note "$name: skipped, no pytest (put pytest, pluggy and iniconfig into WHEELS)"
+    note "$name: skipped, no pytest (put pytest, pluggy, iniconfig and pygments into WHEELS)"
   fi
 }
 
@@ -85,8 +87,8 @@ each_file() { # tests of this name, each file in a process of its own: after an 
 
 has_cuda() { # part: whether the CUDA operators are built; a note if not
   "$python" -c 'from flowrl_kernels.cuda_support import build_problem; p = build_problem()
-if p: raise SystemExit(f"cuda {p}")' >"$out/$1.log" 2>&1 && return
-  note "$1: skipped, $(tail -n 1 "$out/$1.log")"
+if p: raise SystemExit(f"cuda {p}")' >"$logs/$1.log" 2>&1 && return
+  note "$1: skipped, $(tail -n 1 "$logs/$1.log")"
   return 1
 }
 
@@ -133,3 +135,4 @@ for part in "${parts[@]}"; do
   esac
 done
 echo "results in $out"
+exit "$worst"

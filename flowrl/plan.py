@@ -193,7 +193,7 @@ def _training_bytes(
         "reserve for CUDA and NCCL (estimate)": RESERVE_BYTES,
     }
     passing = {
-        "activations (estimate)": _activation_bytes(config, shape, width),
+        "activations (estimate)": activation_bytes(config, shape, width),
         "fused head: logits chunk, d(weight), hidden": (
             min(workspace, 16 * rows * shard) + head_gradient + 3 * width * rows * shape.hidden_size
         ),
@@ -201,28 +201,26 @@ def _training_bytes(
     return kept, passing
 
 
-def _activation_bytes(config: Config, shape: ModelShape, width: int) -> float:
+def activation_bytes(config: Config, shape: ModelShape, width: int) -> float:
     """Of the first stage, which holds the most micro-batches at once.
 
-    A layer keeps, per token: inputs and outputs of both norms (4 D, shared out under sequence
-    parallelism), q, k, v before and after rotary embedding, attention's output, and four MLP
-    tensors. Full recompute keeps each layer's input, and one layer at a time."""
+    What backward needs of a layer, per token: inputs and outputs of both norms (4 D, shared out
+    under sequence parallelism); q, k and v as one tensor, q and k turned, attention's output;
+    gate and up as one tensor, and their product; four rows of angles, on every rank. Full recompute
+    keeps each layer's input, and one layer at a time. Selective recompute makes attention again,
+    which keeps nothing of its own in its fused forms."""
     parallel, rows = config.parallel, config.batch.tokens_per_microbatch
     spread = parallel.tensor if parallel.sequence else 1
-    wide = 4 * shape.hidden_size / spread
-    heads = (3 * shape.queries_width + 4 * shape.keys_width) / parallel.tensor
-    mlp = 4 * shape.intermediate_size / parallel.tensor
-    layer = width * rows * (wide + heads + mlp)
+    whole = 4 * shape.hidden_size / spread + 4 * shape.head_dim
+    split = 3 * (shape.queries_width + shape.keys_width + shape.intermediate_size)
+    layer = width * rows * (whole + split / parallel.tensor)
     per_stage = shape.num_layers / parallel.pipeline
     chunks = parallel.pipeline * parallel.virtual_pipeline
     in_flight = parallel.pipeline * (
         1 + (parallel.pipeline - 1) / chunks if parallel.virtual_pipeline > 1 else 1
     )
-    recomputes = parallel.recompute == "full" or config.model.gradient_checkpointing
-    if recomputes:
+    if parallel.recompute == "full" or config.model.gradient_checkpointing:
         return width * rows * shape.hidden_size / spread * per_stage * in_flight + layer
-    if parallel.recompute == "selective":  # attention's inputs stay, its output is made again
-        layer -= width * rows * shape.queries_width / parallel.tensor
     return layer * per_stage * in_flight
 
 

@@ -138,6 +138,7 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=nn.functional.silu,
         use_te_activation_func=model.liger,  # the hook's name; the function is Liger's
+        bias_activation_fusion=device.type == "cuda" and not model.liger,  # by torch.compile
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
         qk_layernorm=shape.qk_norm,

@@ -51,7 +51,10 @@ def test_error_budget(num_rows, vocab):
 
 @pytest.mark.parametrize("dim", [8, 64, 136, 3584])
 def test_depths(dim):
-    judge(case_here(70, 400, dim, size=3), BF16, backend="cuda")
+    """At 3584 torch may split its product along D, and is then more exact than one chain of sums:
+    statistics of such a depth are below, against float64."""
+    but = ("logprobs", "lse", "entropy") if dim > 1000 else ()
+    judge(case_here(70, 400, dim, size=3), BF16, backend="cuda", but=but)
 
 
 def test_large_vocabulary():
@@ -81,10 +84,13 @@ def test_extreme_logits(size):
     judge(case, BF16, backend="cuda")
 
 
-def test_logits_are_exact_sums_of_the_operands():
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [((65, 700, 256) if EMULATED else (513, 20_000, 1024), 4), ((70, 400, 3584), 3)],
+)
+def test_logits_are_exact_sums_of_the_operands(shape, size):
     """Every statistic within 1e-4 of float64 on the same bfloat16 operands."""
-    shape = (65, 700, 256) if EMULATED else (513, 20_000, 1024)
-    case = case_here(*shape, size=4, masked=0)
+    case = case_here(*shape, size=size, masked=0)
     ours = logprobs_of(bfloat16(case))
     truth = linear_logprobs(
         case.hidden.double(), case.weight.double(), case.targets, entropy="metric"
