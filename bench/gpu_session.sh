@@ -131,7 +131,7 @@ for part in "${parts[@]}"; do
     loss_32b) bench loss_32b policy_loss --shape qwen2.5-32b ;;
     loss_peaked) bench loss_peaked policy_loss --shape qwen2.5-7b --inputs peaked ;;
     balance) bench balance trajectory_balance ;;
-    *) note "no such part: $part" ;;
+    *) note "no such part: $part" && worst=2 ;;
   esac
 done
 echo "results in $out"

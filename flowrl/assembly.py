@@ -67,7 +67,7 @@ def resolve(config: Config) -> tuple[Config, Objective]:
         )
     _check_steps(config, objective)
     beta = config.eval.target_beta or objective.beta or DEFAULT_TARGET_BETA
-    available = backends.available()
+    available = backends.available(_device_type(config))
     if config.kernels.backend not in ("auto", *available):
         raise ConfigError(
             f"kernels.backend={config.kernels.backend} cannot run here"
@@ -158,10 +158,12 @@ def kernel_backend(config: Config) -> str:
     """Name of the backend that the fused head will use."""
     if config.kernels.backend != "auto":
         return config.kernels.backend
-    use_cuda = config.model.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if use_cuda else "cpu")
-    call = backends.Call(device, getattr(torch, config.model.dtype))
+    call = backends.Call(torch.device(_device_type(config)), getattr(torch, config.model.dtype))
     return backends.resolve("linear_policy_loss", None, call).backend
+
+
+def _device_type(config: Config) -> str:
+    return "cuda" if config.model.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def model_dir(

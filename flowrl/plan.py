@@ -206,12 +206,12 @@ def activation_bytes(config: Config, shape: ModelShape, width: int) -> float:
 
     What backward needs of a layer, per token: inputs and outputs of both norms (4 D, shared out
     under sequence parallelism); q, k and v as one tensor, q and k turned, attention's output;
-    gate and up as one tensor, and their product; four rows of angles, on every rank. Full recompute
-    keeps each layer's input, and one layer at a time. Selective recompute makes attention again,
-    which keeps nothing of its own in its fused forms."""
+    gate and up as one tensor, and their product; sine and cosine of the angles, on every rank.
+    Full recompute keeps each layer's input, and one layer at a time. Selective recompute makes
+    attention again, which keeps nothing of its own in its fused forms."""
     parallel, rows = config.parallel, config.batch.tokens_per_microbatch
     spread = parallel.tensor if parallel.sequence else 1
-    whole = 4 * shape.hidden_size / spread + 4 * shape.head_dim
+    whole = 4 * shape.hidden_size / spread + 2 * shape.head_dim
     split = 3 * (shape.queries_width + shape.keys_width + shape.intermediate_size)
     layer = width * rows * (whole + split / parallel.tensor)
     per_stage = shape.num_layers / parallel.pipeline

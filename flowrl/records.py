@@ -208,12 +208,15 @@ _PER_TOKEN = {
 }  # fmt: skip
 
 
-def ragged_arange(lengths: Tensor) -> Tensor:
-    """0 .. length-1 for each segment, concatenated: [2, 3] -> [0, 1, 0, 1, 2]. int64."""
+def ragged_arange(lengths: Tensor, total: int | None = None) -> Tensor:
+    """0 .. length-1 for each segment, concatenated: [2, 3] -> [0, 1, 0, 1, 2]. int64. `total`, the
+    sum of the lengths, spares the host from waiting for it."""
     lengths = lengths.long()
     ends = lengths.cumsum(0)
-    total = int(ends[-1]) if lengths.numel() else 0
-    return torch.arange(total, device=lengths.device) - (ends - lengths).repeat_interleave(lengths)
+    if total is None:
+        total = int(ends[-1]) if lengths.numel() else 0
+    starts = (ends - lengths).repeat_interleave(lengths, output_size=total)
+    return torch.arange(total, device=lengths.device) - starts
 
 
 def take_segments(cu_seqlens: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

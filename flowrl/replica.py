@@ -20,7 +20,7 @@ from flowrl.tasks import Task
 
 class ReplicaSampler:
     """A sampler on the replica's first process, for all of it. See `Sampler`. `makes_room`: its
-    engine wakes, or starts again, on the GPUs of all these processes."""
+    engine starts and wakes on the GPUs of all these processes."""
 
     def __init__(
         self, build: Callable[[], Sampler], parallel: Parallel, *, makes_room: bool = False
@@ -32,6 +32,7 @@ class ReplicaSampler:
         def keep() -> None:
             self._sampler = build()
 
+        self._release()
         parallel.once(keep)
 
     def sample(self, request: SampleRequest) -> list[Rollout]:

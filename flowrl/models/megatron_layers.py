@@ -1,6 +1,6 @@
 """Layers of the split policy: megatron-core's local ones with a norm that knows of sequence
-parallelism and an attention over packed sequences; with FP8 Transformer Engine's; with model.liger
-Liger's norm, rotary embedding and SwiGLU in the local ones.
+parallelism and with rotary embedding and attention over packed sequences; with FP8 Transformer
+Engine's; with model.liger Liger's norm, rotary embedding and SwiGLU in the local ones.
 """
 
 from __future__ import annotations
@@ -81,11 +81,11 @@ class LigerSwiGLU:
         return swiglu_of_both(gate_up)
 
 
-class LigerSelfAttention(SelfAttention):
-    """Self-attention that turns q and k by Liger's kernel as soon as they are made, which is before
-    what selective recompute makes again: the kernel writes over its input."""
+class PackedSelfAttention(SelfAttention):
+    """Self-attention that turns q and k as soon as they are made. Megatron's own asks the GPU for
+    the length of every sequence, twice in each layer."""
 
-    _angles: Tensor | None = None  # (T_model, head_dim), only inside forward
+    _angles: tuple[Tensor, Tensor] | None = None  # of positions, and cu_seqlens: inside forward
 
     def forward(  # type: ignore[override]
         self,
@@ -96,8 +96,7 @@ class LigerSelfAttention(SelfAttention):
         packed_seq_params: PackedSeqParams,
         **rest: Any,
     ) -> Any:
-        positions = ragged_arange(packed_seq_params.cu_seqlens_q.diff())
-        self._angles = rotary_pos_emb.flatten(1)[positions]
+        self._angles = rotary_pos_emb.flatten(1), packed_seq_params.cu_seqlens_q
         try:
             return super().forward(
                 hidden_states, attention_mask, packed_seq_params=packed_seq_params, **rest
@@ -109,9 +108,29 @@ class LigerSelfAttention(SelfAttention):
         assert self._angles is not None
         made: Any = super().get_query_key_value_tensors(*args, **options)
         q, k, value = made  # (T_model, 1, H_local, head_dim), k and value with H_kv_local
-        cos, sin = (f(self._angles).to(q.dtype).unsqueeze(0) for f in (torch.cos, torch.sin))
-        turned = rotate(q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), cos, sin)
-        return *(x.permute(2, 0, 1, 3) for x in turned), value
+        of_position, cu_seqlens = self._angles
+        angles = of_position[ragged_arange(cu_seqlens.diff(), q.shape[0])]  # (T_model, head_dim)
+        return *self.turn(q, k, angles.cos().to(q.dtype), angles.sin().to(q.dtype)), value
+
+    def turn(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """[a, b] -> [a cos - b sin, b cos + a sin] for the halves of every head."""
+        cos, sin = (x[:, None, None] for x in (cos, sin))
+        return _turned(q, cos, sin), _turned(k, cos, sin)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class LigerSelfAttention(PackedSelfAttention):
+    """The same by Liger's kernel, which writes over its input: this is before what selective
+    recompute makes again."""
+
+    def turn(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        heads_first = (x.permute(1, 2, 0, 3) for x in (q, k))
+        turned = rotate(*heads_first, cos.unsqueeze(0), sin.unsqueeze(0))
+        return turned[0].permute(2, 0, 1, 3), turned[1].permute(2, 0, 1, 3)
 
 
 def layer_spec(config: TransformerConfig, *, liger: bool) -> ModuleSpec:
@@ -123,12 +142,12 @@ def layer_spec(config: TransformerConfig, *, liger: bool) -> ModuleSpec:
     )
     layer: Any = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = norm(config, liger=liger)
+    layer.self_attention.module = LigerSelfAttention if liger else PackedSelfAttention
     attention = layer.self_attention.submodules
     attention.core_attention = PackedCoreAttention
     if config.qk_layernorm:  # under these names Megatron sums their gradients over tensor ranks
         attention.q_layernorm = attention.k_layernorm = norm(config, liger=liger)
     if liger:
-        layer.self_attention.module = LigerSelfAttention
         layer.mlp.submodules.activation_func = LigerSwiGLU
     return spec
 
@@ -138,7 +157,10 @@ def _engine_spec(config: TransformerConfig) -> ModuleSpec:
     check_transformer_engine()
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer: Any = spec.submodules
+    layer.self_attention.module = PackedSelfAttention
+    return spec
 
 
 def norm(config: TransformerConfig, *, liger: bool) -> Callable[..., nn.Module]:

@@ -52,6 +52,9 @@ def packed_attention(
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T_model, H, head_dim)
     if dropout:
         raise ValueError(f"packed attention has no dropout, got {dropout}; set it to 0")
+    device = q.device.type
+    if torch.is_autocast_enabled(device):  # where float32 angles have made q and k float32
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     out = attend(q, k, v, packed_cu_seqlens, packed_max_length, scaling)
     return out.unsqueeze(0), None
 
@@ -88,16 +91,21 @@ def _padded_sdpa(
         padded = x.new_zeros(num_sequences * max_length, *x.shape[1:]).index_copy(0, slots, x)
         return padded.unflatten(0, (num_sequences, max_length)).transpose(1, 2)
 
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.is_cuda:  # or CUDA takes its plain form in float32, with all probabilities
+        k, v = for_all_heads(k, v, q.shape[1])
+        grouped = False
     # Padding stands at a sequence's end: the causal mask keeps it out of every token's sight.
     out = F.scaled_dot_product_attention(
-        pad(q),
-        pad(k),
-        pad(v),
-        is_causal=True,
-        scale=scaling,
-        enable_gqa=q.shape[1] != k.shape[1],
+        pad(q), pad(k), pad(v), is_causal=True, scale=scaling, enable_gqa=grouped
     )
     return out.transpose(1, 2).flatten(0, 1)[slots]
+
+
+def for_all_heads(k: Tensor, v: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """k and v (T_model, H_kv, head_dim) once for each query head that shares them."""
+    groups = num_heads // k.shape[1]
+    return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
 
 
 def _varlen_flash(
@@ -117,8 +125,7 @@ def _varlen_flash(
         if "enable_gqa" in signature(varlen_attn).parameters:  # torch 2.13 has it, 2.11 does not
             grouped = {"enable_gqa": q.shape[1] != k.shape[1]}
         else:
-            groups = q.shape[1] // k.shape[1]
-            k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+            k, v = for_all_heads(k, v, q.shape[1])
         out = varlen_attn(
             q, k, v, cu_seqlens, cu_seqlens, max_length, max_length,
             scale=scaling, window_size=(-1, 0), **grouped,

@@ -114,7 +114,8 @@ class SquaredResidual(Objective):
         totals = Totals(1.0, 1.0, 0.0) if batch.totals is None else batch.totals
         zero = logprobs.new_zeros(batch.num_sequences)
         batch = batch.replace(totals=totals)
-        return evaluate(self.settings, batch, zero, self._mask(batch), self.backend)
+        backend = self.backend if logprobs.is_cuda else None  # a whole step's batch is on the CPU
+        return evaluate(self.settings, batch, zero, self._mask(batch), backend)
 
     def loss(self, batch: LossBatch) -> tuple[Tensor, Metrics]:
         mask = self._mask(batch)

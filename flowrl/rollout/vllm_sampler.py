@@ -79,11 +79,16 @@ class VLLMSampler:
         self._sent: list[tuple[str, Tensor]] | None = None  # kept where a restart needs it
         self._asleep: frozenset[str] = frozenset()
         self._broadcast: Broadcast | None = None
-        self._start = start
-        self.host = start()
+        self._start_engine = start
+        self.host = self._start()
 
     def close(self) -> None:
         self.host.close()
+
+    def _start(self) -> EngineHost:
+        """In the memory that the trainer is done with."""
+        release_cached()
+        return self._start_engine()
 
     # --- sampling
 
@@ -279,7 +284,6 @@ class VLLMSampler:
             f"({self.restarts} of {self.options.restarts})",
             file=sys.stderr,
         )
-        release_cached()
         self.host = self._start()
         self._asleep, self._broadcast = frozenset(), None
 

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,6 +27,7 @@ class WorkerExtension:
     model_runner: Any
     rank: int  # among the engine's workers
     device: torch.device
+    reload_weights: Callable[..., None]  # into the model as it stands
 
     def flowrl_die_with_parent(self) -> int:
         """A worker whose engine core was killed would wait for it for ever. Returns its pid."""
@@ -39,7 +40,7 @@ class WorkerExtension:
 
     def flowrl_receive_weights(self) -> None:
         """Loads the weights that the trainer broadcasts."""
-        self.model_runner.reload_weights(weights_iterator=self._flowrl_group.receive())
+        self.reload_weights(weights_iterator=self._flowrl_group.receive())
 
     def flowrl_read_back(self, names: Sequence[str], version: int) -> list[dict[str, Any]]:
         """Reports of what this worker holds of the named Hugging Face tensors. A tensor that it

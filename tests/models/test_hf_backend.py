@@ -1,10 +1,11 @@
 """The Hugging Face backend: packing without leaks, invariances of loss and gradient, its state."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from flowrl import objectives
@@ -296,6 +297,32 @@ def test_grouped_query_attention_matches_repeated_keys():
     k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
     expected, _ = attention.packed_attention(module, q, k, v, None, **sizes)
     torch.testing.assert_close(found, expected)
+
+
+def test_keys_for_all_heads_stand_as_groups_do():
+    q, k, v = (torch.randn(7, heads, 8) for heads in (6, 2, 2))
+    offsets = torch.tensor([0, 3, 7], dtype=torch.int32)
+    every = attention.for_all_heads(k, v, 6)
+    found = attention.attend(q, *every, offsets, 4, None)
+    torch.testing.assert_close(found, attention.attend(q, k, v, offsets, 4, None))
+
+
+def test_attention_computes_in_the_dtype_of_autocast():
+    """Float32 angles make q and k float32, whatever autocast says."""
+    x = torch.randn(1, 2, 5, 4)
+    sizes = {"packed_cu_seqlens": torch.tensor([0, 5], dtype=torch.int32), "packed_max_length": 5}
+
+    class Seen(TorchDispatchMode):
+        dtypes: ClassVar[set[torch.dtype]] = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "index_copy" in str(func):  # the padding, before SDPA casts for itself
+                self.dtypes.add(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", torch.bfloat16), Seen():
+        attention.packed_attention(torch.nn.Identity(), x, x, x.bfloat16(), None, **sizes)
+    assert Seen.dtypes == {torch.bfloat16}
 
 
 # --- the log Z head

@@ -60,6 +60,19 @@ def test_the_fused_operator_gives_what_plain_pytorch_gives(name, options):
         assert_close(fused.double(), plain.double())
 
 
+@pytest.mark.parametrize(
+    ("name", "options"), [("flowrl", {"log_z": "group_mean_old"}), ("gflowrl", {"gap_clip": False})]
+)
+def test_a_backend_for_gpus_prepares_a_batch_on_the_cpu(name, options):
+    """A whole step is prepared there, whatever computes the losses."""
+    batch = random_batch(21, [4, 3, 1])
+    batch = batch.replace(totals=count_totals(batch))
+    found = build(name, options, backend="triton").prepare(batch).group_log_z
+    expected = build(name, options).prepare(batch).group_log_z
+    assert found is not None
+    assert torch.equal(found, expected)
+
+
 def test_tba_is_vargrad_with_inverse_kl_coef():
     batch = random_batch(13, [4, 4])
     tba, tba_gradient, _ = evaluate("tba", batch, kl_coef=0.5)
