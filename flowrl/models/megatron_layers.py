@@ -128,9 +128,9 @@ class LigerSelfAttention(PackedSelfAttention):
     recompute makes again."""
 
     def turn(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        heads_first = (x.permute(1, 2, 0, 3) for x in (q, k))
-        turned = rotate(*heads_first, cos.unsqueeze(0), sin.unsqueeze(0))
-        return turned[0].permute(2, 0, 1, 3), turned[1].permute(2, 0, 1, 3)
+        q, k = (x.permute(1, 2, 0, 3) for x in (q, k))  # (1, H_local, T_model, head_dim)
+        q, k = rotate(q, k, cos.unsqueeze(0), sin.unsqueeze(0))
+        return q.permute(2, 0, 1, 3), k.permute(2, 0, 1, 3)
 
 
 def layer_spec(config: TransformerConfig, *, liger: bool) -> ModuleSpec:

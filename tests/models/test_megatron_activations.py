@@ -29,10 +29,11 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model") / "qwen2"
+    extra: dict[str, Any] = {"head_dim": HEAD_DIM}
     config = Qwen2Config(
         vocab_size=32, hidden_size=D, intermediate_size=F, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, **{"head_dim": HEAD_DIM},
-        tie_word_embeddings=False,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
+        tie_word_embeddings=False, **extra,
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(directory)
     silence_megatron()

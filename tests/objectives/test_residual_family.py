@@ -70,6 +70,7 @@ def test_a_backend_for_gpus_prepares_a_batch_on_the_cpu(name, options):
     found = build(name, options, backend="triton").prepare(batch).group_log_z
     expected = build(name, options).prepare(batch).group_log_z
     assert found is not None
+    assert expected is not None
     assert torch.equal(found, expected)
 
 
