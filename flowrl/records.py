@@ -175,6 +175,8 @@ class LossBatch:
     def mask(self) -> Tensor:  # (T,) bool
         if self.response_mask is not None:
             return self.response_mask
+        if self.logprobs is not None:  # without a wait for the GPU
+            return torch.ones_like(self.logprobs, dtype=torch.bool)
         size = int(self.cu_seqlens[-1])
         return torch.ones(size, dtype=torch.bool, device=self.cu_seqlens.device)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHECKED_AT_ONCE = 1 << 24  # elements
 
 
 @torch.no_grad()
@@ -50,5 +51,9 @@ def copy_weights(module: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> in
 def checksum(tensor: Tensor) -> int:
     """Sum over i of bits(x_i) * (2 i + 1) modulo 2^64: exact, and sensitive to order."""
     bits = tensor.detach().contiguous().view(_BITS[tensor.element_size()]).flatten()
-    factors = torch.arange(1, 2 * bits.numel(), 2, device=bits.device)
-    return int((bits.long() * factors).sum())
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, bits.numel(), _CHECKED_AT_ONCE):  # int64 copies of a part, not of all
+        part = bits[start : start + _CHECKED_AT_ONCE].long()
+        ends = 2 * start + 1, 2 * (start + part.numel()) + 1
+        total += (part * torch.arange(*ends, 2, device=bits.device)).sum()
+    return int(total)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from flowrl import weights
 from flowrl.weights import checksum, copy_weights
 
 
@@ -31,6 +32,13 @@ def test_checksum_tells_values_and_order():
     assert checksum(torch.zeros(2)) != checksum(torch.tensor([0.0, -0.0]))
     # bits of float16 1.0 and 2.0 are 0x3C00 and 0x4000; factors are 1 and 3
     assert checksum(torch.tensor([1.0, 2.0]).half()) == 0x3C00 + 3 * 0x4000
+
+
+def test_checksum_does_not_depend_on_the_parts_it_is_made_in(monkeypatch):
+    x = torch.arange(23.0)
+    whole = checksum(x)
+    monkeypatch.setattr(weights, "_CHECKED_AT_ONCE", 5)
+    assert checksum(x) == whole
 
 
 def test_checksum_of_the_whole_changes_with_any_weight():
