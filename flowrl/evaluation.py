@@ -19,7 +19,7 @@ from flowrl.models import Backend
 from flowrl.parallel import Parallel
 from flowrl.records import Prompt, Rollout, SampleRequest, Score
 from flowrl.rollout import Sampler
-from flowrl.tasks import Task
+from flowrl.tasks import Task, names_solutions
 
 EXACT_PROMPTS_KEPT = 6  # prompts whose whole distributions are kept for the report
 
@@ -57,9 +57,8 @@ class Evaluator:
         problems = self._problems(rollouts, scores)
         metrics = self._sampled_metrics(problems, rollouts)
         metrics[f"eval/{self.task.name}/error_rate"] = self._error_rate(scores)
-        judged = self._judge_scores(scores, rollouts, self.config.eval.samples)
-        if judged:
-            metrics["diversity/judge_score"] = float(np.mean(judged))
+        if names_solutions(self.task):
+            metrics |= self._diversity(problems, scores, rollouts)
         exact = self._exact(backend) if backend is not None else []
         if exact:
             metrics |= {k: float(np.mean(v)) for k, v in _by_name(exact).items()}
@@ -129,15 +128,6 @@ class Evaluator:
         metrics[f"eval/{self.task.name}/response_length"] = float(
             np.mean([len(r.response_ids) for r in rollouts])
         )
-        metrics["diversity/distinct_solutions"] = float(
-            np.mean([len(p["counts"]) for p in problems])
-        )
-        shares = [len(p["counts"]) / len(p["solutions"]) for p in problems if p["solutions"]]
-        if shares:
-            metrics["diversity/mode_coverage"] = float(np.mean(shares))
-        metrics["diversity/for_diversity"] = diversity.for_diversity(
-            [len(p["counts"]) for p in problems]
-        )
         metrics["diversity/distinct_2"] = diversity.distinct_n(
             [r.response_ids for r in rollouts], 2
         )
@@ -151,6 +141,26 @@ class Evaluator:
             if k <= n:
                 rates = [pass_at_k(n, p["correct"], k) for p in problems]
                 metrics[f"eval/{name}/pass@{k}"] = float(np.mean(rates))
+        return metrics
+
+    def _diversity(
+        self,
+        problems: Sequence[dict[str, Any]],
+        scores: Sequence[Score],
+        rollouts: Sequence[Rollout],
+    ) -> dict[str, float]:
+        """Of right answers in their normal forms."""
+        found = [len(p["counts"]) for p in problems]
+        metrics = {
+            "diversity/distinct_solutions": float(np.mean(found)),
+            "diversity/for_diversity": diversity.for_diversity(found),
+        }
+        shares = [len(p["counts"]) / len(p["solutions"]) for p in problems if p["solutions"]]
+        if shares:
+            metrics["diversity/mode_coverage"] = float(np.mean(shares))
+        judged = self._judge_scores(scores, rollouts, self.config.eval.samples)
+        if judged:
+            metrics["diversity/judge_score"] = float(np.mean(judged))
         return metrics
 
     @staticmethod

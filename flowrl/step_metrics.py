@@ -39,6 +39,8 @@ def summarize(
     batch: LossBatch,
     parts: Sequence[Part],
     trainer_logprobs: Tensor | None,
+    *,
+    names_solutions: bool,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Metrics of all ranks, and this rank's rows (N,) by name: what the objective measured.
 
@@ -59,7 +61,8 @@ def summarize(
     if bool((shaping != 0).any()):
         metrics["reward/shaping_mean"] = float(shaping.double().mean())
     metrics |= experience.metrics
-    metrics["diversity/distinct_solutions"] = _distinct_solutions(config, parallel, experience)
+    if names_solutions:
+        metrics["diversity/distinct_solutions"] = _distinct_solutions(config, parallel, experience)
     metrics |= measure.length_metrics(answers["length"], answers["truncated"])
     metrics |= _actor_metrics(parts, outputs, whole)
     if batch.rollout_logprobs is not None:

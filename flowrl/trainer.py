@@ -27,6 +27,7 @@ from flowrl.records import LossBatch, PackedBatch, Rollout, Score, Totals, take_
 from flowrl.rollout import Sampler
 from flowrl.schema import ConfigError
 from flowrl.step_metrics import Part, summarize
+from flowrl.tasks import names_solutions
 from flowrl.trust_region import Moved, kl_old_new, take_step
 
 
@@ -273,8 +274,9 @@ class Trainer:
         trainer_logprobs: Tensor | None,
     ) -> StepResult:
         metrics, rows = summarize(
-            self.config, self.parallel, self.objective, experience, batch, parts, trainer_logprobs
-        )
+            self.config, self.parallel, self.objective, experience, batch, parts, trainer_logprobs,
+            names_solutions=names_solutions(self.collector.task),
+        )  # fmt: skip
         if experience.expansion:
             rows = {}  # of candidates, not of rollouts
         num_tokens = int(self.parallel.all_reduce(batch.lengths.sum().double()))

@@ -58,6 +58,8 @@ def test_a_run_on_chat_prompts_with_two_sets(tmp_path, files, capsys):
     first = next(r for r in read(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "eval")
     names = {name.split("/")[1] for name in first if name.startswith("eval/")}
     assert names == {"jsonl", "aime", "minerva"}
+    for row in read(tmp_path / "run" / "metrics.jsonl"):  # nothing that tells one from another
+        assert not {n for n in row if n.startswith("diversity/")} - {"diversity/distinct_2"}
     report = (tmp_path / "run" / "report.html").read_text()
     assert "avg@4, minerva" in report
     assert "pass@4, minerva" not in report

@@ -77,6 +77,12 @@ class Task(Protocol):
         ...
 
 
+def names_solutions(task: Task) -> bool:
+    """Whether right answers have a `Score.solution`, so that distinct ones can be counted. A task
+    whose answers have none says so with an attribute of this name."""
+    return getattr(task, "names_solutions", True)
+
+
 def build_task(name: str, options: dict[str, Any], timeout_s: float) -> Task:
     """The task called `name`, with checked options; a name that ends in .py is a user's file.
 

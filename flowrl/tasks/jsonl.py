@@ -120,6 +120,7 @@ class Jsonl:
     def __init__(self, options: Options, timeout_s: float) -> None:
         self.options = options
         scorers = {options.scorer, options.scorer_of("eval")}
+        self.names_solutions = scorers.isdisjoint(SHIPPED)
         names = Fields(options.prompt_field, options.answer_field, scorers.isdisjoint(SHIPPED))
         train = [Problem(row) for row in read_rows(Path(options.train), names)]
         files = options.eval_files
