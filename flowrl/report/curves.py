@@ -144,11 +144,16 @@ def _length(run: RunData) -> Plot | None:
 
 def _entropy(run: RunData) -> Plot | None:
     distinct = "diversity/distinct_solutions"
+    title, caption = "Entropy", "Entropy of the policy, mean over response tokens of the step."
+    if any(distinct in row for row in run.train):
+        title += " and distinct solutions"
+        caption += (
+            " Distinct solutions: different right answers per problem; in training among a group's "
+            "members, in evaluation among its own number of samples, so the two curves differ in "
+            "level."
+        )
     return draw_panels(
-        "entropy", "Entropy and distinct solutions",
-        "Entropy of the policy, mean over response tokens of the step. Distinct solutions: "
-        "different right answers per problem; in training among a group's members, in evaluation "
-        "among its own number of samples, so the two curves differ in level.",
+        "entropy", title, caption,
         [
             _panel("nats per token", run.train, {"actor/entropy": "entropy"}, "zero", smooth=True),
             Panel("per problem", (
