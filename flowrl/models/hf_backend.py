@@ -67,8 +67,12 @@ class HFBackend:
             **_prefixed("log_z", self.log_z_head),
             **_prefixed("value_head", self.value_head),
         }
+        self._fused = parallel.device.type == "cuda"  # or AdamW copies all parameters for a moment
         self.optimizer = torch.optim.AdamW(
-            self._param_groups(), betas=config.optimizer.betas, eps=config.optimizer.eps
+            self._param_groups(),
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
+            fused=self._fused or None,
         )
         self._num_updates = 0  # updates tried, for the warm-up and the dropout seed
 
@@ -340,7 +344,8 @@ class HFBackend:
             moments = {k: state[f"{k}.{name}"] for k in ("exp_avg", "exp_avg_sq", "step")
                        if f"{k}.{name}" in state}  # fmt: skip
             if moments:
-                moments["step"] = moments["step"].cpu()
+                if not self._fused:
+                    moments["step"] = moments["step"].cpu()
                 self.optimizer.state[param] = moments
         kept = {k: v for k, v in state.items() if k.startswith("reference.")}
         self.reference_version = counters["reference_version"]
