@@ -126,19 +126,19 @@ class HFSampler:
             new, values = sample_tokens(
                 decoding.logits, noise[live, position], request.temperature, request.top_p
             )
-            if not torch.isfinite(values).all():
-                bad = rows[int(live[int((~torch.isfinite(values)).nonzero()[0, 0])])].prompt.index
-                raise ValueError(
-                    f"the policy's logits must be finite, got NaN for prompt {bad} at policy "
-                    f"version {self.policy_version}; lower optimizer.lr"
-                )
             active = decoding.active  # (b,) bool: no EOS yet
-            tokens[live[active], position] = new[active]
-            logprobs[live[active], position] = values[active]
+            tokens[live, position] = new.where(active, -1)
+            logprobs[live, position] = values.where(active, 0.0)
             if position + 1 == request.max_new_tokens or not decoding.advance(
                 new, active & ~torch.isin(new, eos)
             ):
                 break
+        if not torch.isfinite(logprobs).all():
+            bad = rows[int((~torch.isfinite(logprobs)).nonzero()[0, 0])].prompt.index
+            raise ValueError(
+                f"the policy's logits must be finite, got NaN for prompt {bad} at policy "
+                f"version {self.policy_version}; lower optimizer.lr"
+            )
         lengths = (tokens >= 0).sum(1).tolist()
         return _ragged(tokens, lengths), _ragged(logprobs, lengths)
 

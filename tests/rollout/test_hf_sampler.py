@@ -236,3 +236,15 @@ def test_a_model_without_eos_is_refused(tiny_model, tmp_path):
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="add eos_token_id to generation_config"):
         make_sampler(dataclasses.replace(tiny, tokenizer=tokenizer))
+
+
+def test_a_policy_without_finite_logits_is_named(tiny_model, make_request):
+    """One prompt alone: its first token's embedding is NaN, in padded batches as well."""
+    tiny = tiny_model()
+    sampler = make_sampler(tiny)
+    prompts = tiny.prompts(["1+2=", "7*1=", "12+34="])
+    only = set(prompts[1].token_ids) - set(prompts[0].token_ids) - set(prompts[2].token_ids)
+    table = sampler.model.get_input_embeddings().weight
+    table[sorted(only)[0]] = math.nan
+    with pytest.raises(ValueError, match=f"NaN for prompt {prompts[1].index} at policy version 0"):
+        sampler.sample(make_request(prompts, max_new_tokens=1))
