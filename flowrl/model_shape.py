@@ -38,12 +38,12 @@ class ModelShape:
     num_kv_heads: int
     head_dim: int
     vocab_size: int  # V
-    max_positions: int
+    max_positions: int = field(compare=False)  # chat models have other limits than their bases
     norm_eps: float
     rope_theta: float
     rope_factor: float | None  # of Llama 3's scaling; None: plain rotary embedding
     tied: bool  # the output layer is the embedding
-    # Token whose embedding gets no gradient, as in transformers; not what tells two models apart.
+    # Token whose embedding gets no gradient, as in transformers.
     padding_token: int | None = field(default=None, compare=False)
 
     def difference(self, other: ModelShape) -> str:

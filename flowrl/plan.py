@@ -202,26 +202,44 @@ def _training_bytes(
 
 
 def activation_bytes(config: Config, shape: ModelShape, width: int) -> float:
-    """Of the first stage, which holds the most micro-batches at once.
-
-    What backward needs of a layer, per token: inputs and outputs of both norms (4 D, shared out
-    under sequence parallelism); q, k and v as one tensor, q and k turned, attention's output;
-    gate and up as one tensor, and their product; sine and cosine of the angles, on every rank.
-    Full recompute keeps each layer's input, and one layer at a time. Selective recompute makes
-    attention again, which keeps nothing of its own in its fused forms."""
+    """Of the first stage, which holds the most micro-batches at once. Full recompute keeps each
+    layer's input, and one layer at a time. Selective recompute makes attention again, which keeps
+    nothing of its own in its fused forms."""
     parallel, rows = config.parallel, config.batch.tokens_per_microbatch
-    spread = parallel.tensor if parallel.sequence else 1
-    whole = 4 * shape.hidden_size / spread + 2 * shape.head_dim
-    split = 3 * (shape.queries_width + shape.keys_width + shape.intermediate_size)
-    layer = width * rows * (whole + split / parallel.tensor)
     per_stage = shape.num_layers / parallel.pipeline
     chunks = parallel.pipeline * parallel.virtual_pipeline
     in_flight = parallel.pipeline * (
         1 + (parallel.pipeline - 1) / chunks if parallel.virtual_pipeline > 1 else 1
     )
+    if config.model.backend == "megatron":
+        spread = parallel.tensor if parallel.sequence else 1
+        given = width * shape.hidden_size / spread
+        layer = rows * _megatron_layer(shape, parallel.tensor, spread, width)
+    else:
+        given = 4 * shape.hidden_size
+        layer = _hf_layer(shape, rows, width)
     if parallel.recompute == "full" or config.model.gradient_checkpointing:
-        return width * rows * shape.hidden_size / spread * per_stage * in_flight + layer
+        return rows * given * per_stage * in_flight + layer
     return layer * per_stage * in_flight
+
+
+def _megatron_layer(shape: ModelShape, tensor: int, spread: int, width: int) -> float:
+    """Bytes per token that a layer keeps for backward: inputs and outputs of both norms; q, k and v
+    as one tensor, q and k turned, attention's output; gate and up as one tensor, and their product;
+    sine and cosine of the angles."""
+    whole = 4 * shape.hidden_size / spread + 2 * shape.head_dim
+    split = 3 * (shape.queries_width + shape.keys_width + shape.intermediate_size)
+    return width * (whole + split / tensor)
+
+
+def _hf_layer(shape: ModelShape, rows: int, width: int) -> float:
+    """Bytes that a layer keeps for backward: two float32 states of each norm, the inputs of its
+    matrices, q, k, v and attention's output, gate before and after its activation, up, the product.
+    In 16 bits every matrix has its own copy of its input, and a copy of the matrix beside it."""
+    inputs = 5 if width == 2 else 2
+    kept = 2 * (shape.queries_width + shape.keys_width) + 4 * shape.intermediate_size
+    token = 16 * shape.hidden_size + width * (inputs * shape.hidden_size + kept)
+    return rows * token + (width * shape.layer_matrices if width == 2 else 0)
 
 
 def _host_bytes(config: Config, shape: ModelShape, given: Assumptions) -> dict[str, float]:

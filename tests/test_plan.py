@@ -23,7 +23,12 @@ SMALL = {
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("qwen2.5-7b", 7_615_616_512), ("qwen2.5-32b", 32_763_876_352)]
+    ("name", "count"),
+    [
+        ("qwen2.5-1.5b", 1_543_714_304),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen2.5-32b", 32_763_876_352),
+    ],
 )
 def test_shipped_shapes_have_the_models_parameters(name, count):
     assert read_shape(name).num_parameters == count
@@ -88,6 +93,8 @@ def test_plan_prints_the_table(capsys):
     printed = capsys.readouterr().out
     assert "32,763,876,352 (32.8B)" in printed
     assert "fits: " in printed
+    main(["plan", "qwen2.5_1.5b_math"])
+    assert "fits: " in capsys.readouterr().out
     main(["plan", "qwen2.5_32b_math", "--parallel.tensor", "4"])
     assert "does not fit" in capsys.readouterr().out
 
