@@ -117,32 +117,33 @@ def make_plan(config: Config, shape: ModelShape, given: Assumptions) -> Plan:
 
 def remedies(config: Config, shape: ModelShape, given: Assumptions) -> Iterator[str]:
     """Single settings that make the run fit, the cheapest first."""
-    parallel, rollout = config.parallel, config.rollout
-    tries: list[tuple[str, dict[str, object], dict[str, object]]] = []
+    parallel, rollout, batch = config.parallel, config.rollout, config.batch
+    megatron = config.model.backend == "megatron"
+    tries: list[tuple[str, str, object]] = []
     if rollout.engine == "vllm" and not rollout.sleep:
-        tries.append(("rollout.sleep=true", {}, {"sleep": True}))
+        tries.append(("rollout", "sleep", True))
     if parallel.tensor > 1 and not parallel.sequence:
-        tries.append(("parallel.sequence=true", {"sequence": True}, {}))
-    if parallel.recompute != "full":
-        tries.append(("parallel.recompute=full", {"recompute": "full"}, {}))
-    if parallel.reference == "copy" and "ref" in given.needs:
-        tries.append(("parallel.reference=swap", {"reference": "swap"}, {}))
+        tries.append(("parallel", "sequence", True))
+    if megatron and parallel.recompute != "full":
+        tries.append(("parallel", "recompute", "full"))
+    if not megatron and not config.model.gradient_checkpointing:
+        tries.append(("model", "gradient_checkpointing", True))
+    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+    if batch.tokens_per_microbatch >= 2 * longest:
+        tries.append(("batch", "tokens_per_microbatch", batch.tokens_per_microbatch // 2))
+    if megatron and parallel.reference == "copy" and "ref" in given.needs:
+        tries.append(("parallel", "reference", "swap"))
     for name in ("tensor", "pipeline"):
-        doubled = 2 * getattr(parallel, name)
-        if given.num_gpus % (2 * parallel.model_size) == 0:
-            tries.append((f"parallel.{name}={doubled}", {name: doubled}, {}))
+        if megatron and given.num_gpus % (2 * parallel.model_size) == 0:
+            tries.append(("parallel", name, 2 * getattr(parallel, name)))
     if rollout.engine == "vllm":
         share = round(0.75 * rollout.gpu_memory_utilization, 2)
-        tries.append((f"rollout.gpu_memory_utilization={share}", {},
-                      {"gpu_memory_utilization": share}))  # fmt: skip
-    for text, layout, sampling in tries:
-        changed = dataclasses.replace(
-            config,
-            parallel=dataclasses.replace(parallel, **layout),  # type: ignore[arg-type]
-            rollout=dataclasses.replace(rollout, **sampling),  # type: ignore[arg-type]
-        )
+        tries.append(("rollout", "gpu_memory_utilization", share))
+    for section, name, value in tries:
+        part = dataclasses.replace(getattr(config, section), **{name: value})
+        changed = dataclasses.replace(config, **{section: part})
         if make_plan(changed, shape, given).fits:
-            yield text
+            yield f"{section}.{name}={str(value).lower()}"
 
 
 # --- memory

@@ -99,6 +99,20 @@ def test_plan_prints_the_table(capsys):
     assert "does not fit" in capsys.readouterr().out
 
 
+def test_remedies_are_settings_of_the_backend(capsys):
+    """And each of them, set, makes the plan fit."""
+    args = ["plan", "qwen2.5_1.5b_math", "--model.gradient_checkpointing", "false"]
+    main(args)
+    said = capsys.readouterr().out.strip().splitlines()[-1]
+    remedies = said.partition("set one of: ")[2].split(", ")
+    assert [r.partition("=")[0] for r in remedies] == [
+        "model.gradient_checkpointing", "batch.tokens_per_microbatch"
+    ]  # fmt: skip
+    for remedy in remedies:
+        main([*args, f"--{remedy}"])
+        assert "fits: " in capsys.readouterr().out.strip().splitlines()[-1]
+
+
 def refused(capsys, *args):
     with pytest.raises(SystemExit) as stopped:
         main(list(args))
@@ -107,7 +121,9 @@ def refused(capsys, *args):
 
 
 def test_plan_without_a_shape_says_what_to_set(capsys):
-    assert "set model.shape to qwen2.5-7b" in refused(capsys, "plan", "countdown_cpu")
+    assert "set model.shape to qwen2.5-1.5b, qwen2.5-32b, qwen2.5-7b or" in refused(
+        capsys, "plan", "countdown_cpu"
+    )
     assert "h100" in refused(capsys, "plan", "qwen2.5_32b_math", "--gpu", "h10")
 
 

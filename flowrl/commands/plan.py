@@ -14,7 +14,7 @@ from rich.table import Table
 
 from flowrl import assembly
 from flowrl.config import Config
-from flowrl.model_shape import ModelShape, check_split, read_shape
+from flowrl.model_shape import ModelShape, check_split, read_shape, shape_names
 from flowrl.parallel import Parallel
 from flowrl.plan import (
     GPUS,
@@ -70,7 +70,7 @@ def model_shape(config: Config) -> ModelShape:
     if not config.model.shape:
         raise ConfigError(
             "a plan needs the model's shape, got no model.shape and no directory in model.path; "
-            "set model.shape to qwen2.5-7b, qwen2.5-32b or a config.json"
+            f"set model.shape to {', '.join(shape_names())} or a config.json"
         )
     return read_shape(config.model.shape)
 
