@@ -133,9 +133,9 @@ def remedies(config: Config, shape: ModelShape, given: Assumptions) -> Iterator[
         tries.append(("batch", "tokens_per_microbatch", batch.tokens_per_microbatch // 2))
     if megatron and parallel.reference == "copy" and "ref" in given.needs:
         tries.append(("parallel", "reference", "swap"))
-    for name in ("tensor", "pipeline"):
-        if megatron and given.num_gpus % (2 * parallel.model_size) == 0:
-            tries.append(("parallel", name, 2 * getattr(parallel, name)))
+    if megatron and given.num_gpus % (2 * parallel.model_size) == 0:
+        tries.append(("parallel", "tensor", 2 * parallel.tensor))
+        tries.append(("parallel", "pipeline", 2 * parallel.pipeline))
     if rollout.engine == "vllm":
         share = round(0.75 * rollout.gpu_memory_utilization, 2)
         tries.append(("rollout", "gpu_memory_utilization", share))
