@@ -14,7 +14,6 @@ class Tokenizer(Protocol):
     """The part of a Hugging Face tokenizer that is used here."""
 
     unk_token_id: int | None
-
     chat_template: Any
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> Any: ...

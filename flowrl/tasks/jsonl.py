@@ -80,8 +80,9 @@ class Options:
         )
         names = [path.stem for path in self.eval_files]
         require(
-            len(set(names)) == len(names),
-            f"task.eval must name files that differ in their names, got {self.eval}; rename one",
+            len(set(names)) == len(names) and (len(names) < 2 or "jsonl" not in names),
+            "task.eval must name files that differ in their names, none called jsonl, which is all "
+            f"of them, got {self.eval}; rename one",
         )
 
     def scorer_of(self, split: str) -> str:
@@ -89,6 +90,8 @@ class Options:
 
     @property
     def eval_files(self) -> list[Path]:
+        if Path(self.eval).is_file():  # whatever stands in its name
+            return [Path(self.eval)]
         return [Path(name.strip()) for name in self.eval.split(",") if name.strip()]
 
 

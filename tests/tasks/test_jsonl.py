@@ -55,6 +55,8 @@ def test_several_evaluation_files_take_turns(tmp_path):
     sets = [task.prompt("eval", i).data["set"] for i in range(task.num_prompts("eval"))]
     assert sets == ["1", "3", "2", "3", "2", "3"]
     assert "set" not in task.prompt("train", 0).data
+    one = build({"train": held[0], "eval": write(tmp_path / "a,b.jsonl", GOOD)}, 1.0)
+    assert one.num_prompts("eval") == len(GOOD)
 
 
 def test_messages_and_fields_inside_objects(tmp_path):
@@ -140,6 +142,7 @@ def test_other_bad_input(tmp_path):
         ({"train": good, "eval_scorer": "exakt"}, "task.eval_scorer .* got 'exakt'"),
         ({"train": good, "scorer": "answer_line", "answer_field": ""}, "answer_line needs answers"),
         ({"train": good, "eval": f"{good},b/a.jsonl"}, "differ in their names"),
+        ({"train": good, "eval": f"{good},jsonl.jsonl"}, "none called jsonl"),
         ({"train": good, "answer_field": "answer.text"}, "no field 'answer.text'"),
     ]:
         with pytest.raises(ConfigError, match=message):
