@@ -14,6 +14,7 @@ from flowrl_kernels import backends
 
 from flowrl import objectives
 from flowrl.config import Config, LogZConfig, ValueHeadConfig
+from flowrl.data.prompts import encode_prompts
 from flowrl.experience import Experience
 from flowrl.loop_config import LoopConfig, with_defaults
 from flowrl.model_shape import read_shape
@@ -32,6 +33,7 @@ from flowrl.tasks import Task, build_task
 from flowrl.tasks.step_task import StepTask
 
 DEFAULT_TARGET_BETA = 3.0  # of the exact target, for objectives without one of their own
+MAX_CHECKED_PROMPTS = 100_000  # of a split, before a run starts
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,17 @@ def model_dir(
     return path
 
 
+def check_prompts(config: Config, task: Task, tokenizer: Any) -> None:
+    """Raises ConfigError for a problem whose prompt the model cannot be given, before a run comes
+    to it."""
+    for split in ("train", "eval"):
+        count = min(task.num_prompts(split), MAX_CHECKED_PROMPTS)
+        for start in range(0, count, 1000):
+            indices = range(start, min(start + 1000, count))
+            prompts = [task.prompt(split, index) for index in indices]
+            encode_prompts(prompts, tokenizer, config.rollout.max_prompt_tokens)
+
+
 def build_backend(
     config: Config, objective: Objective, parallel: Parallel, say: Callable[[str], None]
 ) -> Backend:
@@ -283,6 +296,8 @@ def assemble(config: Config, parallel: Parallel, say: Callable[[str], None]) -> 
         _step_task(task)
     directory = model_dir(config, task, parallel, say)
     tokenizer = hf_files.load_tokenizer(directory)
+    if config.model.path:  # a base model of our own is made for its task
+        check_prompts(config, task, tokenizer)
     backend = _backend(config, directory, objective, parallel)
 
     def sampler_of_one() -> Sampler:

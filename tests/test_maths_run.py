@@ -102,14 +102,17 @@ def test_a_template_that_is_missing_or_refuses(tmp_path, files, capsys, template
     assert message in error[0]
 
 
-def test_a_dry_run_reads_every_prompt(tmp_path, files, capsys):
-    with (tmp_path / "minerva.jsonl").open("a") as file:
+@pytest.mark.parametrize("dry", [True, False])
+def test_every_prompt_is_read_before_a_run(tmp_path, files, capsys, dry):
+    """Also those that the run would not come to."""
+    flags = ["--dry-run"] * dry
+    with (tmp_path / "train.jsonl").open("a") as file:
         file.write(rows(10**20, 1))
     model = make_chat_model(tmp_path / "model")
-    run(model, files, tmp_path / "run", "--dry-run", "--rollout.max_prompt_tokens", "40")
+    run(model, files, tmp_path / "run", *flags, "--rollout.max_prompt_tokens", "40")
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        run(model, files, tmp_path / "run", "--dry-run", "--rollout.max_prompt_tokens", "20")
+        run(model, files, tmp_path / "other", *flags, "--rollout.max_prompt_tokens", "20")
     assert "has 32 tokens, the limit is 20; set rollout.max_prompt_tokens=32" in (
         capsys.readouterr().err
     )

@@ -12,7 +12,6 @@ from rich.table import Table
 
 from flowrl import assembly
 from flowrl.config import Config
-from flowrl.data.prompts import encode_prompts
 from flowrl.model_shape import check_split, read_shape
 from flowrl.models import base_model, hf_files
 from flowrl.parallel import Parallel
@@ -35,7 +34,8 @@ def run(config: Config) -> None:
     task.close()
     check_model(config, task)
     if config.model.path and not is_elsewhere(config):
-        check_prompts(config, task)
+        tokenizer = hf_files.load_tokenizer(Path(config.model.path))
+        assembly.check_prompts(config, task, tokenizer)
     console = Console(soft_wrap=True)
     console.print(to_toml(config), markup=False, highlight=False)
     console.print(_batch_table(config, ranks.world_size, num_problems))
@@ -79,14 +79,6 @@ def check_model(config: Config, task: Task) -> None:
         assembly.check_shape(config, path)
         if megatron:
             check_split(read_shape(path), config.parallel)
-
-
-def check_prompts(config: Config, task: Task) -> None:
-    """Raises ConfigError for a problem whose prompt this model cannot be given."""
-    tokenizer = hf_files.load_tokenizer(Path(config.model.path))
-    for split in ("train", "eval"):
-        prompts = [task.prompt(split, index) for index in range(task.num_prompts(split))]
-        encode_prompts(prompts, tokenizer, config.rollout.max_prompt_tokens)
 
 
 def _batch_table(config: Config, world_size: int, num_problems: tuple[int, int]) -> Table:

@@ -16,7 +16,7 @@ class Tokenizer(Protocol):
     unk_token_id: int | None
     chat_template: Any
 
-    def __call__(self, text: str, *, add_special_tokens: bool) -> Any: ...
+    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any: ...
 
     def apply_chat_template(
         self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool
@@ -29,12 +29,12 @@ def encode_prompts(
     """The prompts with token ids, messages as the text that the tokenizer's chat template makes of
     them. Raises ConfigError for one that is empty, longer than `max_tokens`, has characters that
     the tokenizer does not know, or messages that it has no template for."""
+    if not prompts:
+        return []
+    plain = [_plain(prompt, tokenizer) for prompt in prompts]
+    found = tokenizer([prompt.text for prompt in plain], add_special_tokens=False)["input_ids"]
     encoded = []
-    for prompt in prompts:
-        if prompt.messages:
-            text = _chat_text(prompt, tokenizer)
-            prompt = dataclasses.replace(prompt, text=text, messages=())
-        ids = tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
+    for prompt, ids in zip(plain, found, strict=True):
         start = f"prompt {prompt.index} ({prompt.text[:40]!r})"
         if not 0 < len(ids) <= max_tokens:
             raise ConfigError(
@@ -48,6 +48,13 @@ def encode_prompts(
             )
         encoded.append(dataclasses.replace(prompt, token_ids=tuple(ids)))
     return encoded
+
+
+def _plain(prompt: Prompt, tokenizer: Tokenizer) -> Prompt:
+    """The prompt as text alone."""
+    if not prompt.messages:
+        return prompt
+    return dataclasses.replace(prompt, text=_chat_text(prompt, tokenizer), messages=())
 
 
 def _chat_text(prompt: Prompt, tokenizer: Tokenizer) -> str:
