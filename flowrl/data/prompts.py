@@ -14,6 +14,7 @@ class Tokenizer(Protocol):
     """The part of a Hugging Face tokenizer that is used here."""
 
     unk_token_id: int | None
+    bos_token_id: int | None
     chat_template: Any
 
     def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any: ...
@@ -26,15 +27,18 @@ class Tokenizer(Protocol):
 def encode_prompts(
     prompts: Sequence[Prompt], tokenizer: Tokenizer, max_tokens: int
 ) -> list[Prompt]:
-    """The prompts with token ids, messages as the text that the tokenizer's chat template makes of
-    them. Raises ConfigError for one that is empty, longer than `max_tokens`, has characters that
-    the tokenizer does not know, or messages that it has no template for."""
+    """The prompts with token ids: a text behind the BOS token, if the tokenizer puts one in front
+    of texts, and messages as its chat template writes them. Raises ConfigError for one that is
+    empty, longer than `max_tokens`, has characters that the tokenizer does not know, or messages
+    that it has no template for."""
     if not prompts:
         return []
     plain = [_plain(prompt, tokenizer) for prompt in prompts]
     found = tokenizer([prompt.text for prompt in plain], add_special_tokens=False)["input_ids"]
+    bos = _bos(tokenizer)
     encoded = []
-    for prompt, ids in zip(plain, found, strict=True):
+    for given, prompt, ids in zip(prompts, plain, found, strict=True):
+        ids = ids if given.messages else [*bos, *ids]  # a template writes its own
         start = f"prompt {prompt.index} ({prompt.text[:40]!r})"
         if not 0 < len(ids) <= max_tokens:
             raise ConfigError(
@@ -48,6 +52,12 @@ def encode_prompts(
             )
         encoded.append(dataclasses.replace(prompt, token_ids=tuple(ids)))
     return encoded
+
+
+def _bos(tokenizer: Tokenizer) -> list[int]:
+    """What stands in front of a text, and never what may stand behind it."""
+    (of_nothing,) = tokenizer([""], add_special_tokens=True)["input_ids"]
+    return [i for i in of_nothing[:1] if i == tokenizer.bos_token_id]
 
 
 def _plain(prompt: Prompt, tokenizer: Tokenizer) -> Prompt:
