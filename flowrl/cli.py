@@ -62,10 +62,11 @@ class EvalArgs:
     """Evaluate a run's newest checkpoint, or any model directory, on held-out problems.
 
     The run's rollout engine samples. Its settings may be given: --rollout.engine hf,
-    --rollout.server_python PYTHON and the like."""
+    --rollout.server_python PYTHON and the like. With a recipe in place of a run, and --model,
+    all of its settings may: --task.eval problems.jsonl."""
 
-    run_dir: tyro.conf.Positional[Path]
-    """Run directory; its task and settings are used."""
+    source: tyro.conf.Positional[Path]
+    """Run directory, or a recipe; its task and settings are used."""
     model: str = ""
     """Hugging Face directory to evaluate instead of the run's newest checkpoint."""
     samples: int = 16
@@ -75,7 +76,7 @@ class EvalArgs:
     top_p: float = 0.95
     """Nucleus (the paper: 0.95)."""
     num_prompts: int = 0
-    """Problems; 0: the run's eval.num_prompts."""
+    """Problems; 0: eval.num_prompts of the run or the recipe."""
     json: str = ""
     """File to write the metrics to, too."""
 
@@ -175,7 +176,7 @@ def _eval(args: EvalArgs, overrides: dict[str, Any]) -> None:
         top_p=args.top_p,
         num_prompts=args.num_prompts,
     )
-    request = evaluate.Request(args.run_dir, args.model, options, overrides, args.json)
+    request = evaluate.Request(args.source, args.model, options, overrides, args.json)
     evaluate.run(request)
 
 

@@ -225,6 +225,20 @@ def test_eval_of_a_run_and_of_a_model_directory(run_dir, base_dir, capsys, tmp_p
     assert str(base_dir) in capsys.readouterr().out
 
 
+def test_eval_of_a_model_on_a_recipes_problems(base_dir, capsys, tmp_path):
+    out = tmp_path / "found.json"
+    few = ["--samples", "4", "--num_prompts", "3", "--json", str(out)]
+    arguments = ["eval", "countdown_cpu", "--model", str(base_dir), *few,
+                 "--rollout.max_new_tokens", "5", "--task.low", "2"]  # fmt: skip
+    main(arguments)
+    found = json.loads(out.read_text())
+    assert 0 < found["eval/countdown/response_length"] <= 5
+    assert "eval/countdown/avg@4" in found
+    assert f"{base_dir}: 3 problems" in " ".join(capsys.readouterr().out.split())
+    assert "give --model DIR" in fail(capsys, "eval", "countdown_cpu")
+    assert "unknown setting task.lwo" in fail(capsys, *arguments[:-2], "--task.lwo", "2")
+
+
 def test_eval_samples_with_the_runs_engine_or_with_the_one_that_is_named(run_dir, tmp_path, capsys):
     """The test's own Python has no vLLM, so it has to be refused."""
     if importlib.util.find_spec("vllm") is not None:

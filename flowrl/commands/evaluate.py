@@ -1,12 +1,14 @@
 """`flowrl eval`: sampled and exact evaluation of a checkpoint, or of any model directory.
 
-By the engine that made the run's rollouts; --rollout.engine names another one.
+By the engine of the run or the recipe; --rollout.engine names another one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,22 +23,25 @@ from flowrl.parallel import Parallel
 from flowrl.rollout_config import VLLM_ONLY, RolloutConfig
 from flowrl.run_dir import read_config, restore_newest
 from flowrl.schema import ConfigError
-from flowrl.settings import from_mapping, merge, to_mapping
+from flowrl.settings import from_mapping, load, merge, recipe_names, to_mapping
+
+
+ENGINE = ("engine", *VLLM_ONLY)  # of [rollout]: what samples, not what is sampled
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    run_dir: Path
+    source: Path  # a run directory, or a recipe
     model: str  # directory to evaluate instead of the run's newest checkpoint; empty: none
     options: EvalConfig
-    overrides: Mapping[str, Any]  # of the engine's settings
+    overrides: Mapping[str, Any]  # of a run the engine's settings, of a recipe any
     out: str  # file for the metrics; empty: none
 
 
 def run(request: Request) -> None:
     """Prints the metrics; writes them to `out`, too, if it is given."""
-    run_dir, model, options = request.run_dir, request.model, request.options
-    config = _config(read_config(run_dir), request)
+    run_dir, model, options = request.source, request.model, request.options
+    config = _config(request)
     ranks = parallel.start(config.model.device, config.parallel, config.rollout.longest_wait_s)
     console = Console(quiet=not ranks.is_main, soft_wrap=True)
     parts = assembly.assemble(config, ranks, console.print)
@@ -76,8 +81,9 @@ def _evaluator(config: Config, parts: assembly.Parts, ranks: Parallel) -> Evalua
     return evaluator
 
 
-def _config(recorded: Config, request: Request) -> Config:
+def _config(request: Request) -> Config:
     options = request.options
+    recorded, overrides = _recorded(request)
     changed = dataclasses.replace(
         recorded,
         eval=dataclasses.replace(
@@ -87,13 +93,31 @@ def _config(recorded: Config, request: Request) -> Config:
             top_p=options.top_p,
             num_prompts=options.num_prompts or recorded.eval.num_prompts,
         ),
-        rollout=_rollout(recorded.rollout, request.overrides),
+        rollout=_rollout(recorded.rollout, overrides),
         model=dataclasses.replace(recorded.model, path=request.model or recorded.model.path),
-        run=dataclasses.replace(recorded.run, dir=str(request.run_dir)),  # for the engine's log
         parallel=recorded.parallel.fitting(parallel.num_processes()),
     )
-    wanted = from_mapping(merge(to_mapping(changed), request.overrides))
-    return assembly.resolve(wanted)[0]
+    return assembly.resolve(from_mapping(merge(to_mapping(changed), overrides)))[0]
+
+
+def _recorded(request: Request) -> tuple[Config, Mapping[str, Any]]:
+    """The settings of a run or of a recipe, and the overrides that are left for the engine. The
+    engine's log goes to `run.dir`."""
+    name, overrides = str(request.source), request.overrides
+    if request.source.is_dir() or not (name in recipe_names() or name.endswith(".toml")):
+        recorded = read_config(request.source)
+        run = dataclasses.replace(recorded.run, dir=name)
+        return dataclasses.replace(recorded, run=run), overrides
+    if not request.model:
+        raise ConfigError(
+            f"flowrl eval {name} evaluates a model on the recipe's problems, got no model; give "
+            "--model DIR, or a run directory instead of the recipe"
+        )
+    given = overrides.get("rollout", {})
+    engine = {name: value for name, value in given.items() if name in ENGINE}
+    rest = {name: value for name, value in given.items() if name not in ENGINE}
+    logs = {"run": {"dir": str(Path(tempfile.gettempdir()) / f"flowrl_eval_{os.getpid()}")}}
+    return load(name, {**overrides, "rollout": rest, **logs}), {"rollout": engine}
 
 
 def _rollout(recorded: RolloutConfig, overrides: Mapping[str, Any]) -> RolloutConfig:
@@ -102,7 +126,7 @@ def _rollout(recorded: RolloutConfig, overrides: Mapping[str, Any]) -> RolloutCo
     Raises ConfigError for overrides of anything but the engine."""
     given = overrides.get("rollout", {})
     others = [name for name in overrides if name != "rollout"]
-    others += [f"rollout.{name}" for name in given if name not in ("engine", *VLLM_ONLY)]
+    others += [f"rollout.{name}" for name in given if name not in ENGINE]
     if others:
         raise ConfigError(
             f"flowrl eval has the run's settings and changes the engine alone, got {others[0]}; "
