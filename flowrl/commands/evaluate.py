@@ -25,7 +25,6 @@ from flowrl.run_dir import read_config, restore_newest
 from flowrl.schema import ConfigError
 from flowrl.settings import from_mapping, load, merge, recipe_names, to_mapping
 
-
 ENGINE = ("engine", *VLLM_ONLY)  # of [rollout]: what samples, not what is sampled
 
 
