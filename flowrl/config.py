@@ -135,6 +135,7 @@ class LogZConfig:
             self.dropout is None or 0 <= self.dropout < 1,
             f"log_z.dropout must be in [0, 1), got {self.dropout}; set log_z.dropout=0",
         )
+        _check_head_lr("log_z", self.lr)
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,16 @@ class ValueHeadConfig:
     """Stop the head's gradient at the backbone's hidden states."""
     lr: float | None = None
     """Learning rate of the head. Unset: optimizer.lr."""
+
+    def __post_init__(self) -> None:
+        _check_head_lr("value_head", self.lr)
+
+
+def _check_head_lr(section: str, lr: float | None) -> None:
+    require(
+        lr is None or lr >= 0,
+        f"{section}.lr must be >= 0, got {lr}; set {section}.lr=1e-3, or leave it out",
+    )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import pytest
 
 from flowrl.config import Config, ConfigError
 from flowrl.overrides import split_overrides
+from flowrl.schema import toml_text
 from flowrl.settings import from_mapping, load, recipe_names, to_toml
 
 
@@ -127,3 +128,14 @@ def test_options_written_either_way_reach_the_objective():
 def test_settings_that_cannot_work_together_are_refused(args, message):
     with pytest.raises(ConfigError, match=message):
         from_args(*args)
+
+
+@pytest.mark.parametrize("section", ["log_z", "value_head"])
+def test_a_head_never_ascends(section):
+    with pytest.raises(ConfigError, match=f"{section}.lr must be >= 0, got -0.01"):
+        from_mapping({section: {"lr": -0.01}})
+
+
+def test_control_characters_survive_toml():
+    name = 'runs/a\r\n\t\x1b\x7f"\\b'
+    assert tomllib.loads(toml_text({"run": {"dir": name}})) == {"run": {"dir": name}}
