@@ -6,8 +6,22 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from kept_tensors import (
+    CPU,
+    HEAD_DIM,
+    HEADS,
+    LAYERS,
+    ROWS,
+    D,
+    F,
+    K,
+    Q,
+    keeping,
+    packed_batch,
+    save_model,
+    total_bytes,
+)  # fmt: skip
 from megatron_cases import config_of
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from flowrl import parallel
 from flowrl.config import Config
@@ -17,27 +31,12 @@ from flowrl.models.megatron_cpu_shim import on_cpu, silence_megatron
 from flowrl.models.megatron_schedule import _inputs
 from flowrl.parallel import Parallel
 from flowrl.plan import activation_bytes
-from flowrl.records import PackedBatch
-
-D, F, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 352, 4, 2, 24, 3
-SEQUENCES, LENGTH = 4, 64
-ROWS = SEQUENCES * LENGTH
-Q, K = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("model") / "qwen2"
-    extra: dict[str, Any] = {"head_dim": HEAD_DIM}
-    config = Qwen2Config(
-        vocab_size=32, hidden_size=D, intermediate_size=F, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
-        tie_word_embeddings=False, **extra,
-    )  # fmt: skip
-    Qwen2ForCausalLM(config).save_pretrained(directory)
     silence_megatron()
-    yield directory
+    yield save_model(tmp_path_factory.mktemp("model") / "qwen2")
     parallel.stop()
 
 
@@ -47,31 +46,19 @@ def kept_floats(config: Config, directory) -> float:
     (chunk,) = backend.policy.chunks
     layers: Any = chunk.module.config
     layers.bias_activation_fusion = True  # as on CUDA
-    weights = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-    total = 0.0
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in weights:
-            kept[place] = tensor  # alive, so that no other takes its place
-        return tensor
+    total = 0
 
     def head(hidden, weight, heads):
         nonlocal total
-        total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        total = total_bytes(kept)
         return hidden.sum(), None
 
-    offsets = torch.arange(0, ROWS + 1, LENGTH, dtype=torch.int32)
-    tokens = torch.randint(0, 32, (ROWS,))
-    prompts = torch.ones(SEQUENCES, dtype=torch.int32)
-    packed = PackedBatch(tokens, offsets, prompts, tokens, offsets)
     with (
         on_cpu(CPU),
         torch._dynamo.config.patch(disable=True),  # the fusion's formulas, uncompiled
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        keeping(chunk) as kept,
     ):
-        chunk(**_inputs(packed, 1), attention_mask=None, labels=head)
+        chunk(**_inputs(packed_batch(), 1), attention_mask=None, labels=head)
     return total / 4 / ROWS
 
 
