@@ -1,6 +1,6 @@
 """The run directory: what a run leaves on the disk, and how a resume cuts it back.
 
-config.toml env.json metrics.jsonl timing.jsonl samples/ evals/ checkpoints/ logs/ report.html
+config.toml env.json metrics.jsonl timing.jsonl samples/ evals/ checkpoints/ logs/ report.html lock
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from typing import Any
 import torch
 
 import flowrl
-from flowrl import checkpoint
+from flowrl import checkpoint, run_lock
 from flowrl.config import Config
 from flowrl.evaluation import Evaluation
 from flowrl.metrics import JsonLines
 from flowrl.models import Backend
 from flowrl.parallel import Parallel
 from flowrl.records import Rollout, Score
+from flowrl.run_lock import RunLock
 from flowrl.run_reader import check_run_dir, read_run
 from flowrl.schema import ConfigError, read_toml
 from flowrl.settings import from_mapping, to_toml
@@ -39,6 +40,7 @@ class RunDir:
     def __init__(self, path: Path, parallel: Parallel) -> None:
         self.path = path
         self.parallel = parallel
+        self.lock: RunLock | None = None
         if parallel.is_main:
             for name in ("samples", "evals", "checkpoints"):
                 (path / name).mkdir(parents=True, exist_ok=True)
@@ -47,14 +49,16 @@ class RunDir:
 
     @classmethod
     def create(cls, config: Config, kernel_backend: str, parallel: Parallel) -> RunDir:
-        """Raises ConfigError if the directory exists and is not empty."""
-        parallel.agree(lambda: check_free(config.run_dir) if parallel.is_main else None)
+        """Raises ConfigError if the directory exists and is not empty. Locks it until `close`."""
+        lock = parallel.agree(lambda: _take(config.run_dir) if parallel.is_main else None)
         environment = describe_environment(config, kernel_backend, parallel)
-        return cls._open(config, environment, parallel)
+        run_dir = cls._open(config, environment, parallel)
+        run_dir.lock = lock
+        return run_dir
 
     @classmethod
     def reopen(cls, config: Config, kernel_backend: str, parallel: Parallel) -> RunDir:
-        """An existing run, with what this resume changes written down."""
+        """An existing run, with what this resume changes written down. The caller has its lock."""
         environment = read_run(config.run_dir).environment
         now = describe_environment(config, kernel_backend, parallel)
         environment.setdefault("resumes", []).append(now)
@@ -154,12 +158,26 @@ class RunDir:
         if self.parallel.is_main:
             self.metrics.close()
             self.timing.close()
+        if self.lock is not None:
+            self.lock.release()
 
 
 def read_config(path: Path) -> Config:
     """The config of an existing run. Raises ConfigError where there is none."""
     check_run_dir(path)
     return from_mapping(read_toml(path / "config.toml"))
+
+
+def _take(path: Path) -> RunLock:
+    check_free(path)
+    path.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(path)
+    try:
+        check_free(path)  # another may have come first
+    except ConfigError:
+        lock.release()
+        raise
+    return lock
 
 
 def check_free(path: Path) -> None:
@@ -171,7 +189,8 @@ def check_free(path: Path) -> None:
             f"run directory {path} exists; continue it with --resume, or choose another with "
             "--run.dir DIR"
         )
-    if path.exists() and any(p.name != "logs" for p in path.iterdir()):  # engines log at once
+    before_it = ("logs", run_lock.FILE)  # of a run that begins
+    if path.exists() and any(p.name not in before_it for p in path.iterdir()):
         raise ConfigError(
             f"directory {path} is not empty and holds no run; choose another with --run.dir DIR"
         )

@@ -40,13 +40,69 @@ def finish(args):
 def kill_after(args, run_dir, step):
     """Starts the run and ends it with SIGKILL once it has logged `step`."""
     process = subprocess.Popen(args, stdout=subprocess.DEVNULL)
+    wait_for_step(process, run_dir, step)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def wait_for_step(process, run_dir, step):
     deadline = time.monotonic() + 120
     while last_step(run_dir) < step:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+
+
+def test_a_run_has_one_trainer(tiny, straight, tmp_path):
+    run_dir = tmp_path / "run"
+    first = subprocess.Popen(command(tiny, run_dir), stdout=subprocess.DEVNULL)
+    wait_for_step(first, run_dir, 1)
+    first.send_signal(signal.SIGSTOP)
+    second = refused(command(tiny, run_dir, "--resume"))
+    first.send_signal(signal.SIGCONT)
+    assert first.wait(timeout=120) == 0
+    assert f"run {run_dir} is being trained by process {first.pid} on " in second
+    assert (run_dir / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from flowrl.run_lock import RunLock
+with RunLock(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_of_two_trainers_that_begin_a_run_one_does(tiny, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, run_dir],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout.readline() == "held\n"
+    message = refused(command(tiny, run_dir))
+    holder.communicate("")
+    assert f"is being trained by process {holder.pid} on " in message
+    assert not (run_dir / "config.toml").exists()
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(tiny, straight, tmp_path):
+    run_dir = tmp_path / "moved"
+    shutil.copytree(straight, run_dir)
+    args = command(tiny, run_dir, "--resume")
+    finish([*args, "--trainer.steps", str(STEPS + 1)])
+    assert (last_step(run_dir), last_step(straight)) == (STEPS + 1, STEPS)
+
+
+def refused(args):
+    done = subprocess.run(args, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    return done.stderr
 
 
 def last_step(run_dir):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from flowrl.metrics import Stopwatch, peak_memory_gb
 from flowrl.parallel import Parallel
 from flowrl.report import write_report
 from flowrl.run_dir import RunDir, check_free, read_config
+from flowrl.run_lock import RunLock
 from flowrl.run_reader import read_run
 from flowrl.schema import ConfigError
 from flowrl.settings import from_mapping, merge, to_mapping
@@ -55,19 +57,29 @@ def run(config: Config) -> None:
 def resume(run_path: Path, overrides: Mapping[str, Any]) -> None:
     """Continues a run from its newest valid checkpoint, or from the start if it has none."""
     recorded = read_config(run_path)
+    if recorded.run_dir != run_path:  # moved since
+        overrides = merge({"run": {"dir": str(run_path)}}, overrides)
     config = assembly.resolve(resumed_config(recorded, overrides))[0]
     ranks = parallel.start(config.model.device, config.parallel, config.rollout.longest_wait_s)
     check_layout(config, ranks)
+    with ranks.agree(lambda: RunLock(run_path) if ranks.is_main else nullcontext()):
+        _continue(config, recorded, ranks, overrides)
+
+
+def _continue(
+    config: Config, recorded: Config, ranks: Parallel, overrides: Mapping[str, Any]
+) -> None:
+    path = config.run_dir
     console = Console(quiet=not ranks.is_main, soft_wrap=True)
     found = ranks.broadcast(
-        checkpoint.newest_valid(run_path, lambda text: console.print(text, highlight=False))
+        checkpoint.newest_valid(path, lambda text: console.print(text, highlight=False))
         if ranks.is_main
         else None
     )
     if found is None:
-        ranks.agree(lambda: _check_nothing_is_lost(run_path, recorded) if ranks.is_main else None)
-        console.print(f"{run_path} has no checkpoint; starting from step 1", highlight=False)
-    elif found.step == config.trainer.steps and not (run_path / "report.html").exists():
+        ranks.agree(lambda: _check_nothing_is_lost(path, recorded) if ranks.is_main else None)
+        console.print(f"{path} has no checkpoint; starting from step 1", highlight=False)
+    elif found.step == config.trainer.steps and not (path / "report.html").exists():
         return _finish(config, ranks, console)  # it was killed between its last step and the end
     else:
         _check_resumable(config, found, overrides)
