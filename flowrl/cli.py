@@ -61,9 +61,9 @@ class PlanArgs:
 class EvalArgs:
     """Evaluate a run's newest checkpoint, or any model directory, on held-out problems.
 
-    The run's rollout engine samples. Its settings may be given: --rollout.engine hf,
-    --rollout.server_python PYTHON and the like. With a recipe in place of a run, and --model,
-    all of its settings may: --task.eval problems.jsonl."""
+    The run's rollout engine samples. Its settings may be given (--rollout.engine hf,
+    --rollout.server_python PYTHON and the like), and where the run's files lie now: --model.path,
+    --task.train, --task.eval. With a recipe in place of a run, and --model, all settings may."""
 
     source: tyro.conf.Positional[Path]
     """Run directory, or a recipe; its task and settings are used."""
@@ -109,7 +109,9 @@ class ReportArgs:
 
 @dataclass(frozen=True)
 class ExportArgs:
-    """Write a checkpoint's policy as a Hugging Face directory."""
+    """Write a checkpoint's policy as a Hugging Face directory.
+
+    --model.path DIR says where the run's starting model lies now, if it was moved."""
 
     run_dir: tyro.conf.Positional[Path]
     """Run directory; its newest valid checkpoint is exported."""
@@ -205,7 +207,7 @@ def _report(args: ReportArgs, overrides: dict[str, Any]) -> None:
 def _export(args: ExportArgs, overrides: dict[str, Any]) -> None:
     from flowrl.commands import export
 
-    export.run(args.run_dir, args.hf)
+    export.run(args.run_dir, args.hf, overrides)
 
 
 @dataclass(frozen=True)
@@ -264,7 +266,8 @@ _CONTINUE = {
     "train": "; continue with --resume",
     "compare": "; the same command goes on where it stopped",
 }
-TAKES_SETTINGS = ("train", "make-base", "plan")
+TAKES_SETTINGS = ("train", "make-base", "plan")  # any of them
+TAKES_SOME = ("eval", "export")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -307,7 +310,7 @@ def _dispatch(name: str, args: list[str]) -> None:
     overrides: dict[str, Any] = {}
     if name in TAKES_SETTINGS and {"-h", "--help"} & set(args):
         return _help(name, arguments, args)
-    if name in (*TAKES_SETTINGS, "eval"):
+    if name in (*TAKES_SETTINGS, *TAKES_SOME):
         args, overrides = split_overrides(args)
     _refuse_unknown(name, arguments, args)
     action(tyro.cli(arguments, prog=f"flowrl {name}", args=args), overrides)
@@ -318,7 +321,7 @@ def _refuse_unknown(name: str, arguments: type, args: list[str]) -> None:
     for arg in args:
         key = arg.partition("=")[0].removeprefix("--").replace("-", "_")
         if arg.startswith("--") and key.removeprefix("no_") not in known:
-            meant = settings_called(key) if name in (*TAKES_SETTINGS, "eval") else ""
+            meant = settings_called(key) if name in (*TAKES_SETTINGS, *TAKES_SOME) else ""
             raise ConfigError(f"flowrl {name} has no {arg}{meant or nearest(key, known)}")
 
 

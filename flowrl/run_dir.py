@@ -200,7 +200,10 @@ def restore_newest(path: Path, backend: Backend) -> int:
     """Loads a run's newest valid checkpoint; returns its step. Raises ConfigError without one."""
     found = checkpoint.newest_valid(path, print)
     if found is None:
-        raise ConfigError(f"{path} has no valid checkpoint; train on with --resume to make one")
+        raise ConfigError(
+            f"{path} has no valid checkpoint; one is written every checkpoint.every steps and at the "
+            "end of a run"
+        )
     backend.load_state(found.path)
     return found.step
 

@@ -258,7 +258,7 @@ def test_eval_samples_with_the_runs_engine_or_with_the_one_that_is_named(run_dir
     main([*arguments, "--rollout.engine", "hf"])
     assert "engine hf" in capsys.readouterr().out
     message = fail(capsys, *arguments, "--rollout.temperature", "2.0")
-    assert "changes the engine alone, got rollout.temperature" in message
+    assert "flowrl eval has the run's settings, got rollout.temperature; leave it out" in message
     assert "got seed" in fail(capsys, *arguments, "--seed", "3")
 
 

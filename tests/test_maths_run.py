@@ -116,3 +116,45 @@ def test_every_prompt_is_read_before_a_run(tmp_path, files, capsys, dry):
     assert "has 32 tokens, the limit is 20; set rollout.max_prompt_tokens=32" in (
         capsys.readouterr().err
     )
+
+
+def test_what_a_run_reads_may_lie_elsewhere_but_not_change(tmp_path, files, capsys):
+    """The model and the problems are compared by content with those that the run began with."""
+    run_dir, model = tmp_path / "run", Path(make_chat_model(tmp_path / "model"))
+    run(str(model), files, run_dir, "--checkpoint.every", "1")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("train", "aime", "minerva"):
+        (tmp_path / f"{name}.jsonl").rename(elsewhere / f"{name}.jsonl")
+    (elsewhere / "model").symlink_to(model.rename(tmp_path / "renamed"))
+    held = f"{elsewhere}/aime.jsonl,{elsewhere}/minerva.jsonl"
+    places = ["--model.path", f"{elsewhere}/model", "--task.train", f"{elsewhere}/train.jsonl"]
+    places += ["--task.eval", held]
+    resume = ["train", "--resume", "--run.dir", str(run_dir), "--trainer.steps", "2", *places]
+    assert "model directory not found" in refused(capsys, "export", str(run_dir))
+    main(["export", str(run_dir), "--hf", str(tmp_path / "out"), *places[:2]])
+    main(["eval", str(run_dir), *places, "--samples", "2", "--num_prompts", "6"])
+    assert "at step 1: 6 problems" in capsys.readouterr().out
+    with (elsewhere / "train.jsonl").open("a") as file:
+        file.write(rows(50, 1))
+    message = refused(capsys, *resume)
+    assert f"{elsewhere}/train.jsonl is not what this run began with" in message
+    (elsewhere / "train.jsonl").write_text(rows(0, 8))
+    (elsewhere / "model/config.json").write_text(
+        (elsewhere / "model/config.json").read_text() + " "
+    )
+    assert "is not the one that this run began with" in refused(capsys, *resume)
+    (elsewhere / "model/config.json").write_text((elsewhere / "model/config.json").read_text()[:-1])
+    main(resume)
+    assert [row["step"] for row in read(run_dir / "metrics.jsonl") if row["kind"] == "train"] == [
+        1,
+        2,
+    ]
+
+
+def refused(capsys, *args: str) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(list(args))
+    assert stopped.value.code == 2
+    return capsys.readouterr().err

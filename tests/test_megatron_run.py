@@ -207,7 +207,7 @@ def exported(run_dir, out, processes=1):
 
 def test_an_export_on_one_process_is_what_the_split_run_trained(recorded, killed, tmp_path):
     """Twenty updates apart, so rounding has grown; the export itself is exact (below)."""
-    export.run(recorded, tmp_path / "one")
+    export.run(recorded, tmp_path / "one", {})
     one = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
     models = exported(killed[0], tmp_path / "split"), one
     split, one = (model(torch.arange(3, 15)[None]).logits.log_softmax(-1) for model in models)

@@ -26,6 +26,8 @@ from flowrl.schema import ConfigError
 from flowrl.settings import from_mapping, load, merge, recipe_names, to_mapping
 
 ENGINE = ("engine", *VLLM_ONLY)  # of [rollout]: what samples, not what is sampled
+OF_A_RUN = {"rollout": ENGINE, "model": ("path",), "task": ("train", "eval")}
+"""Settings that an evaluation of a run may have of its own: the engine, and where files lie now."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Request:
     source: Path  # a run directory, or a recipe
     model: str  # directory to evaluate instead of the run's newest checkpoint; empty: none
     options: EvalConfig
-    overrides: Mapping[str, Any]  # of a run the engine's settings, of a recipe any
+    overrides: Mapping[str, Any]  # of a run those of OF_A_RUN, of a recipe any
     out: str  # file for the metrics; empty: none
 
 
@@ -100,11 +102,12 @@ def _config(request: Request) -> Config:
 
 
 def _recorded(request: Request) -> tuple[Config, Mapping[str, Any]]:
-    """The settings of a run or of a recipe, and the overrides that are left for the engine. The
-    engine's log goes to `run.dir`."""
+    """The settings of a run or of a recipe, and the overrides that are left to apply. The engine's
+    log goes to `run.dir`."""
     name, overrides = str(request.source), request.overrides
     if request.source.is_dir() or not (name in recipe_names() or name.endswith(".toml")):
         recorded = read_config(request.source)
+        _check_of_a_run(overrides, request.model)
         run = dataclasses.replace(recorded.run, dir=name)
         return dataclasses.replace(recorded, run=run), overrides
     if not request.model:
@@ -119,18 +122,26 @@ def _recorded(request: Request) -> tuple[Config, Mapping[str, Any]]:
     return load(name, {**overrides, "rollout": rest, **logs}), {"rollout": engine}
 
 
-def _rollout(recorded: RolloutConfig, overrides: Mapping[str, Any]) -> RolloutConfig:
-    """The run's own settings of an engine, as far as the one that samples here reads them.
-
-    Raises ConfigError for overrides of anything but the engine."""
-    given = overrides.get("rollout", {})
-    others = [name for name in overrides if name != "rollout"]
-    others += [f"rollout.{name}" for name in given if name not in ENGINE]
-    if others:
+def _check_of_a_run(overrides: Mapping[str, Any], model: str) -> None:
+    """Raises ConfigError for what an evaluation of a run cannot change."""
+    takes = [f"{section}.{name}" for section, names in OF_A_RUN.items() for name in names]
+    for section, values in overrides.items():
+        for name in values if isinstance(values, Mapping) else [""]:
+            if name not in OF_A_RUN.get(section, ()):
+                raise ConfigError(
+                    f"flowrl eval has the run's settings, got {section}{name and '.'}{name}; leave "
+                    f"it out; it takes {', '.join(takes)}"
+                )
+    if model and "model" in overrides:
         raise ConfigError(
-            f"flowrl eval has the run's settings and changes the engine alone, got {others[0]}; "
-            f"leave it out; it takes rollout.engine, rollout.{', rollout.'.join(VLLM_ONLY)}"
+            "--model is the model to evaluate and --model.path where the run's starting model lies "
+            "now; leave one out"
         )
-    if recorded.engine == "vllm" and given.get("engine", "vllm") == "vllm":
+
+
+def _rollout(recorded: RolloutConfig, overrides: Mapping[str, Any]) -> RolloutConfig:
+    """The run's own settings of an engine, as far as the one that samples here reads them."""
+    engine = overrides.get("rollout", {}).get("engine", "vllm")
+    if recorded.engine == "vllm" and engine == "vllm":
         return dataclasses.replace(recorded, max_staleness=0)
     return recorded.by_transformers()

@@ -27,6 +27,7 @@ from flowrl.run_reader import read_run
 from flowrl.schema import ConfigError
 from flowrl.settings import from_mapping, merge, to_mapping
 from flowrl.staleness import AheadCollector
+from flowrl.tasks import Task, file_hashes
 from flowrl.trainer import NonFiniteLossError, StepResult, Trainer, TrainingError, check_layout
 
 # Settings that a resumed run may change: none of them changes a number of the steps to come, but
@@ -41,7 +42,8 @@ MAY_CHANGE = {
     "rollout.restart", "rollout.start_timeout_s",
     "rollout.generate_timeout_s", "rollout.sync_timeout_s", "rollout.sync_bucket_mb",
     "rollout.sync_checked_tensors", "rollout.sync_transport",
-    "rollout.kv_cache_gb", "rollout.gpu_memory_utilization",
+    "rollout.kv_cache_gb", "rollout.gpu_memory_utilization", "rollout.max_prompt_tokens",
+    "model.path", "task.options.train", "task.options.eval",  # places: contents are compared
 }  # fmt: skip
 
 
@@ -136,18 +138,39 @@ def _train(
     with Display(config.trainer.steps, enabled=ranks.is_main) as display:
         parts = assembly.assemble(config, ranks, display.say)
         evaluator = Evaluator(config, parts.task, parts.tokenizer, ranks)
+        hashes = ranks.agree(lambda: _file_hashes(parts.task, found, ranks))
         open_run = RunDir.create if is_new else RunDir.reopen
         run_dir = open_run(config, assembly.kernel_backend(config), ranks)
         display.say(f"run directory: {run_dir.path}")
         loggers = build_loggers(config.run.loggers, run_dir.path) if ranks.is_main else []
         try:
-            _Session(config, ranks, run_dir, parts, evaluator, display, loggers).train(found)
+            session = _Session(config, ranks, run_dir, parts, evaluator, display, loggers, hashes)
+            session.train(found)
         finally:
             for logger in loggers:
                 logger.close()
             parts.close()
             run_dir.close()
     _finish(config, ranks, display.console)
+
+
+def _file_hashes(
+    task: Task, found: checkpoint.Checkpoint | None, ranks: Parallel
+) -> dict[str, str]:
+    """Of the task's files, on the main process. Raises ConfigError where they are not those that
+    the run began with, wherever these lay then."""
+    if not ranks.is_main:
+        return {}
+    hashes = file_hashes(task)
+    recorded = found.state.get("data") if found else None
+    if recorded is not None and [*recorded.values()] != [*hashes.values()]:
+        changed = [path for path, hash in hashes.items() if hash not in recorded.values()]
+        raise ConfigError(
+            f"{', '.join(changed or hashes)} is not what this run began with "
+            f"({', '.join(recorded)} then); put the problems back, or start a new run with "
+            "--run.dir DIR"
+        )
+    return hashes
 
 
 def _finish(config: Config, ranks: Parallel, console: Console) -> None:
@@ -174,6 +197,7 @@ class _Session:
         evaluator: Evaluator,
         display: Display,
         loggers: Sequence[Logger],
+        hashes: Mapping[str, str],
     ) -> None:
         self.config = config
         self.ranks = ranks
@@ -183,6 +207,7 @@ class _Session:
         self.watch = Stopwatch(ranks.device)
         self.evaluator = evaluator
         self.loggers = loggers
+        self.hashes = hashes
         kind = AheadCollector if config.rollout.max_staleness else Collector
         collector = kind(
             config,
@@ -276,6 +301,7 @@ class _Session:
             "kernel_backend": assembly.kernel_backend(self.config),
             "trainer": self.trainer.state(),
             "plateau": dataclasses.asdict(self.plateau),
+            "data": self.hashes,
             "config": to_mapping(self.config),
         }
         began = time.perf_counter()

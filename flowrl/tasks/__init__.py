@@ -7,6 +7,7 @@ define `build(options: dict) -> Task`. A worked example is in docs/tasks.md.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -81,6 +82,16 @@ def names_solutions(task: Task) -> bool:
     """Whether right answers have a `Score.solution`, so that distinct ones can be counted. A task
     whose answers have none says so with an attribute of this name."""
     return getattr(task, "names_solutions", True)
+
+
+def file_hashes(task: Task) -> dict[str, str]:
+    """Hex SHA-256 by path of the files whose problems the task serves: its `data_files`, if it has
+    that attribute. A run goes on only with the files that it began with."""
+    found = {}
+    for path in getattr(task, "data_files", ()):
+        with Path(path).open("rb") as file:
+            found[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def build_task(name: str, options: dict[str, Any], timeout_s: float) -> Task:

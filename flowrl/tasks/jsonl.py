@@ -127,6 +127,7 @@ class Jsonl:
         names = Fields(options.prompt_field, options.answer_field, scorers.isdisjoint(SHIPPED))
         train = [Problem(row) for row in read_rows(Path(options.train), names)]
         files = options.eval_files
+        self.data_files = [Path(options.train), *files]
         if files:
             sets = [
                 [Problem(row, path.stem if files[1:] else None) for row in read_rows(path, names)]
