@@ -139,8 +139,14 @@ def _serve(args: ServeArgs, overrides: dict[str, Any]) -> None:
     serve.run(args.address, args.token_file, args.python, args.log)
 
 
+def _load(recipe: str, overrides: dict[str, Any]) -> Config:
+    from flowrl.option_tables import load_checked
+
+    return load_checked(recipe, overrides)
+
+
 def _train(args: TrainArgs, overrides: dict[str, Any]) -> None:
-    config = load(args.recipe, overrides)
+    config = _load(args.recipe, overrides)
     if args.dry_run and args.resume:
         raise ConfigError("--dry-run checks a new run and --resume continues one; leave one out")
     if args.dry_run:
@@ -159,14 +165,14 @@ def _train(args: TrainArgs, overrides: dict[str, Any]) -> None:
 def _make_base(args: MakeBaseArgs, overrides: dict[str, Any]) -> None:
     from flowrl.commands import make_base
 
-    make_base.run(load(args.recipe, overrides))
+    make_base.run(_load(args.recipe, overrides))
 
 
 def _plan(args: PlanArgs, overrides: dict[str, Any]) -> None:
     from flowrl.commands import plan
 
     machine = plan.Machine(args.gpu, args.gpus, args.response_tokens)
-    plan.run(load(args.recipe, overrides), machine)
+    plan.run(_load(args.recipe, overrides), machine)
 
 
 def _eval(args: EvalArgs, overrides: dict[str, Any]) -> None:

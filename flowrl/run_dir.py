@@ -201,8 +201,8 @@ def restore_newest(path: Path, backend: Backend) -> int:
     found = checkpoint.newest_valid(path, print)
     if found is None:
         raise ConfigError(
-            f"{path} has no valid checkpoint; one is written every checkpoint.every steps and at the "
-            "end of a run"
+            f"{path} has no valid checkpoint; one is written every checkpoint.every steps and at "
+            "the end of a run"
         )
     backend.load_state(found.path)
     return found.step

@@ -5,6 +5,7 @@ import tomllib
 import pytest
 
 from flowrl.config import Config, ConfigError
+from flowrl.option_tables import load_checked
 from flowrl.overrides import split_overrides
 from flowrl.schema import toml_text
 from flowrl.settings import from_mapping, load, recipe_names, to_toml
@@ -42,6 +43,28 @@ def test_overrides_reach_their_settings():
     assert config.objective.options["beta"] == 2
     assert config.run.loggers == ("tensorboard", "wandb")
     assert config.log_z.lr == 1e-4
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_tables_of_names_not_chosen_are_right(name):
+    assert load_checked(name, {}) == load(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[objective.vargrd]\nbeta = 3.0", r"names no objective; did you mean objective.vargrad\?"),
+        ("[objective.vargrad]\nbetta = 3.0", r"unknown setting objective.vargrad.betta; did you"),
+        ("[task.countdwn]\nseed = 3", r"names no task; did you mean task.countdown\?"),
+        ("[task.game24]\nsede = 3", r"unknown setting task.game24.sede; did you mean"),
+    ],
+)
+def test_a_misspelt_table_is_not_left_out(tmp_path, text, message):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    load(str(path))
+    with pytest.raises(ConfigError, match=message):
+        load_checked(str(path), {})
 
 
 def test_positional_arguments_are_left_alone():

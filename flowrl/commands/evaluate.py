@@ -19,11 +19,12 @@ from rich.table import Table
 from flowrl import assembly, parallel
 from flowrl.config import Config, EvalConfig
 from flowrl.evaluation import Evaluator
+from flowrl.option_tables import load_checked
 from flowrl.parallel import Parallel
 from flowrl.rollout_config import VLLM_ONLY, RolloutConfig
 from flowrl.run_dir import read_config, restore_newest
 from flowrl.schema import ConfigError
-from flowrl.settings import from_mapping, load, merge, recipe_names, to_mapping
+from flowrl.settings import from_mapping, merge, recipe_names, to_mapping
 
 ENGINE = ("engine", *VLLM_ONLY)  # of [rollout]: what samples, not what is sampled
 OF_A_RUN = {"rollout": ENGINE, "model": ("path",), "task": ("train", "eval")}
@@ -119,7 +120,7 @@ def _recorded(request: Request) -> tuple[Config, Mapping[str, Any]]:
     engine = {name: value for name, value in given.items() if name in ENGINE}
     rest = {name: value for name, value in given.items() if name not in ENGINE}
     logs = {"run": {"dir": str(Path(tempfile.gettempdir()) / f"flowrl_eval_{os.getpid()}")}}
-    return load(name, {**overrides, "rollout": rest, **logs}), {"rollout": engine}
+    return load_checked(name, {**overrides, "rollout": rest, **logs}), {"rollout": engine}
 
 
 def _check_of_a_run(overrides: Mapping[str, Any], model: str) -> None:
