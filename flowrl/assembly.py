@@ -24,6 +24,7 @@ from flowrl.objectives.base import Objective
 from flowrl.parallel import Parallel
 from flowrl.replica import ReplicaSampler, ReplicaTask
 from flowrl.rollout import Sampler, build_sampler
+from flowrl.rollout.model_limits import check_length, positions
 from flowrl.rollout_config import RolloutConfig
 from flowrl.schema import ConfigError, nearest
 from flowrl.staleness import AheadSampler, ReplicaAheadSampler
@@ -185,15 +186,24 @@ def model_dir(
     return path
 
 
-def check_prompts(config: Config, task: Task, tokenizer: Any) -> None:
-    """Raises ConfigError for a problem whose prompt the model cannot be given, before a run comes
-    to it."""
+def check_prompts(config: Config, task: Task, directory: Path | None, tokenizer: Any) -> None:
+    """Raises ConfigError for a problem whose prompt the model cannot be given, or whose response
+    has no room, before a run comes to it. `directory` is the model's, None for a base model that
+    is not built yet."""
+    longest = 0
     for split in ("train", "eval"):
-        count = min(task.num_prompts(split), MAX_CHECKED_PROMPTS)
+        count = min(task.num_prompts(split), MAX_CHECKED_PROMPTS if config.model.path else 1000)
         for start in range(0, count, 1000):
             indices = range(start, min(start + 1000, count))
             prompts = [task.prompt(split, index) for index in indices]
-            encode_prompts(prompts, tokenizer, config.rollout.max_prompt_tokens)
+            encoded = encode_prompts(prompts, tokenizer, config.rollout.max_prompt_tokens)
+            longest = max(longest, *(len(prompt.token_ids) for prompt in encoded))
+    limit = base_model.CONTEXT_TOKENS if directory is None else positions(directory)
+    check_length(limit, longest, config.rollout.max_new_tokens)
+    if directory is not None and config.model.backend == "hf":
+        from flowrl.models.hf_forward import check_config
+
+        check_config(directory, longest + config.rollout.max_new_tokens)
 
 
 def build_backend(
@@ -296,8 +306,7 @@ def assemble(config: Config, parallel: Parallel, say: Callable[[str], None]) -> 
         _step_task(task)
     directory = model_dir(config, task, parallel, say)
     tokenizer = hf_files.load_tokenizer(directory)
-    if config.model.path:  # a base model of our own is made for its task
-        check_prompts(config, task, tokenizer)
+    check_prompts(config, task, directory, tokenizer)
     backend = _backend(config, directory, objective, parallel)
 
     def sampler_of_one() -> Sampler:

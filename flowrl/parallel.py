@@ -144,8 +144,7 @@ def start(
     that is not there, and for processes that do not make whole replicas."""
     layout = layout or ParallelConfig()
     timeout = longest_wait(engine_wait_s)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("model.device=cuda, but torch sees no CUDA device; set model.device=auto")
+    check_device(device)
     use_cuda = device != "cpu" and torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     count = num_processes()
@@ -157,6 +156,12 @@ def start(
     if count > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=timeout)
     return place(int(os.environ.get("RANK", 0)), count, layout, chosen, timeout)
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError for model.device=cuda where there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("model.device=cuda, but torch sees no CUDA device; set model.device=auto")
 
 
 def _own_gpu(local_rank: int, visible: int) -> int:

@@ -170,8 +170,14 @@ def read_config(path: Path) -> Config:
 
 def _take(path: Path) -> RunLock:
     check_free(path)
-    path.mkdir(parents=True, exist_ok=True)
-    lock = RunLock(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(path)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to run directory {path}: {error.strerror}; choose another with "
+            "--run.dir DIR"
+        ) from error
     try:
         check_free(path)  # another may have come first
     except ConfigError:
@@ -194,6 +200,14 @@ def check_free(path: Path) -> None:
         raise ConfigError(
             f"directory {path} is not empty and holds no run; choose another with --run.dir DIR"
         )
+
+
+def check_writable(path: Path) -> None:
+    """Raises ConfigError where the directory, or the nearest above it that exists, cannot be
+    written to."""
+    nearest = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"cannot write to {nearest}; choose another run directory: --run.dir DIR")
 
 
 def restore_newest(path: Path, backend: Backend) -> int:

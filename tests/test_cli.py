@@ -147,9 +147,10 @@ def test_settings_that_nothing_reads_are_refused(capsys, args, message):
     assert message in fail(capsys, "train", *args)
 
 
-def test_a_full_or_missing_disk_is_one_line(capsys, tiny):
+def test_a_full_or_missing_disk_is_one_line(capsys, tiny, tmp_path):
+    places = {"run": {"dir": str(tmp_path / "run")}, "base": {"cache_dir": "/proc/nothing/here"}}
     with pytest.raises(SystemExit) as stopped:
-        main(["train", *as_args(merge(tiny, {"run": {"dir": "/proc/nothing/here"}}))])
+        main(["train", *as_args(merge(tiny, places))])
     assert stopped.value.code == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "cannot read or write" in error

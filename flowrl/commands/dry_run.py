@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,12 +11,17 @@ from flowrl_kernels.head.chunks import DEFAULT_LOGITS_BYTES
 from rich.console import Console
 from rich.table import Table
 
-from flowrl import assembly
+from flowrl import assembly, parallel
 from flowrl.config import Config
+from flowrl.loggers import check_loggers
 from flowrl.model_shape import check_split, read_shape
 from flowrl.models import base_model, hf_files
+from flowrl.models.liger_layers import check_liger
 from flowrl.parallel import Parallel
-from flowrl.run_dir import check_free
+from flowrl.rollout.model_limits import check_length, eos_ids
+from flowrl.rollout.replay_sampler import ReplaySampler
+from flowrl.rollout.vllm_start import check_vllm
+from flowrl.run_dir import check_free, check_writable
 from flowrl.schema import ConfigError
 from flowrl.settings import to_toml
 from flowrl.tasks import Task, build_task
@@ -29,13 +35,15 @@ def run(config: Config) -> None:
     processes = int(os.environ.get("WORLD_SIZE", expected))
     ranks = Parallel(0, config.parallel.replicas(processes), torch.device("cpu"))
     check_layout(config, ranks)
+    missing = _missing_here(config)
+    if missing and not is_elsewhere(config):
+        raise ConfigError(missing[0])
     task = build_task(config.task.name, config.task.options, config.reward.timeout_s)
     num_problems = task.num_prompts("train"), task.num_prompts("eval")
     task.close()
     check_model(config, task)
-    if config.model.path and not is_elsewhere(config):
-        tokenizer = hf_files.load_tokenizer(Path(config.model.path))
-        assembly.check_prompts(config, task, tokenizer)
+    if not is_elsewhere(config):
+        _check_prompts(config, task)
     console = Console(soft_wrap=True)
     console.print(to_toml(config), markup=False, highlight=False)
     console.print(_batch_table(config, ranks.world_size, num_problems))
@@ -44,6 +52,8 @@ def run(config: Config) -> None:
             f"model.path {config.model.path} is not on this machine, model.shape stands for it: "
             "weights and tokenizer have not been looked at", highlight=False,
         )  # fmt: skip
+    for line in missing:
+        console.print(f"not on this machine: {line}", markup=False, highlight=False)
     if config.model.backend == "megatron":
         console.print("memory: flowrl plan, with the same settings", highlight=False)
     else:
@@ -51,7 +61,41 @@ def run(config: Config) -> None:
         console.print(_memory_table(config, size, objective.needs))
     console.print(f"kernels: {assembly.kernel_backend(config)}", highlight=False)
     check_free(config.run_dir)
+    check_writable(config.run_dir)
     console.print(f"run directory {config.run_dir} is free", highlight=False)
+
+
+def _missing_here(config: Config) -> list[str]:
+    """What the run needs and this machine lacks, as errors with their remedies."""
+    found = []
+    checks: list[Callable[[], object]] = [lambda: check_loggers(config.run.loggers)]
+    checks.append(lambda: parallel.check_device(config.model.device))
+    if config.model.liger:
+        device = "cuda" if torch.cuda.is_available() and config.model.device != "cpu" else "cpu"
+        checks.append(lambda: check_liger(torch.device(device)))
+    if config.model.backend == "megatron":
+        checks.append(assembly.check_megatron)
+    if config.rollout.engine == "vllm":
+        checks.append(lambda: check_vllm(config.rollout))
+    if config.rollout.engine == "replay":
+        checks.append(lambda: ReplaySampler(Path(config.rollout.replay_dir)))
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            found.append(str(error))
+    return found
+
+
+def _check_prompts(config: Config, task: Task) -> None:
+    """Every prompt through the tokenizer, and that responses end."""
+    if not config.model.path:
+        tokenizer = base_model.character_tokenizer(task.alphabet or "")
+        return assembly.check_prompts(config, task, None, tokenizer)
+    directory = Path(config.model.path)
+    tokenizer = hf_files.load_tokenizer(directory)
+    eos_ids(directory, tokenizer)
+    assembly.check_prompts(config, task, directory, tokenizer)
 
 
 def is_elsewhere(config: Config) -> bool:
@@ -69,6 +113,8 @@ def check_model(config: Config, task: Task) -> None:
                 f"model.path {path} is not a directory; only the megatron backend's settings can "
                 "be checked with model.shape alone"
             )
+        lengths = config.rollout.max_prompt_tokens, config.rollout.max_new_tokens
+        check_length(shape.max_positions, *lengths)
         return check_split(shape, config.parallel)
     if not config.model.path and task.alphabet is None:
         raise ConfigError(

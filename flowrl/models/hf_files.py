@@ -8,6 +8,7 @@ Nothing here reaches for the network.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -53,6 +54,7 @@ def check_model_dir(path: Path) -> None:
         bool(_weight_files(path)),
         f"{path} has no weights (model.safetensors); copy the whole model directory",
     )
+    _check_weight_files(path)
     config = load_model_config(path)
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     names = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "?")]
@@ -68,6 +70,25 @@ def check_model_dir(path: Path) -> None:
         f"the tokenizer of {path} has {num_tokens} tokens, the model embeds {num_rows}; use the "
         f"model's own tokenizer or resize its embedding to {num_tokens}",
     )
+
+
+def _check_weight_files(path: Path) -> None:
+    """Raises ConfigError for files that are cut short, or that the index names and are not there.
+    Reads their heads only."""
+    index = path / "model.safetensors.index.json"
+    named: set[str] = set()
+    if index.is_file():
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{index} is damaged ({error}); copy it again") from error
+    for file in sorted({*path.glob("*.safetensors"), *(path / name for name in named)}):
+        require(file.is_file(), f"{file} is missing; copy the whole model directory")
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ConfigError(f"{file} is damaged ({error}); copy it again") from error
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowrl.models.hf_files import load_causal_lm
+from flowrl.models.hf_files import load_causal_lm, load_model_config
+from flowrl.models.packed_attention import check_attention
 from flowrl.records import PackedBatch, to_cu_seqlens
 from flowrl.schema import ConfigError
+
+PLAIN_HEAD = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
+"""What scales or caps logits (Gemma, Granite, Cohere), and its value where nothing does."""
 
 
 def load_model(model_dir: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -23,6 +27,21 @@ def load_model(model_dir: Path, dtype: torch.dtype, device: torch.device) -> Any
         if hasattr(module, "attention_dropout"):
             setattr(module, "attention_dropout", 0.0)  # noqa: B010
     return model
+
+
+def check_config(model_dir: Path, longest: int) -> None:
+    """Raises ConfigError for what a model's config.json tells of a head or an attention that are
+    not followed here, over sequences of `longest` tokens. `check_forward` judges by the numbers."""
+    config = load_model_config(model_dir).get_text_config()
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    check_attention(softcap, getattr(config, "sliding_window", None), longest)
+    for name, plain in PLAIN_HEAD.items():
+        value = getattr(config, name, plain)
+        if value not in (plain, None):
+            raise ConfigError(
+                f"the model's logits are not hidden @ weight.T: {name} is {value}; use a model of "
+                "the Llama or Qwen family"
+            )
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from flowrl.records import ragged_arange
+from flowrl.schema import ConfigError
 
 NAME = "flowrl_packed"
 
@@ -38,17 +39,11 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """softmax(q k^T * scaling) v within each sequence, causal. Returns (1, T_model, H, head_dim).
 
-    Raises ValueError for a mask, a soft cap or a sliding window shorter than a sequence: they are
-    not implemented here and must not be ignored."""
+    Raises ValueError for a mask, ConfigError for a soft cap or a sliding window shorter than a
+    sequence: they are not implemented here and must not be ignored."""
     if attention_mask is not None:
         raise ValueError("packed attention takes packed_cu_seqlens and no attention_mask")
-    if softcap:
-        raise ValueError(f"packed attention has no soft cap, this model asks for {softcap}")
-    if sliding_window and sliding_window < packed_max_length:
-        raise ValueError(
-            f"packed attention has no sliding window, this model's is {sliding_window} and the "
-            f"longest sequence {packed_max_length} tokens; lower rollout.max_new_tokens"
-        )
+    check_attention(softcap, sliding_window, packed_max_length)
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T_model, H, head_dim)
     if dropout:
         raise ValueError(f"packed attention has no dropout, got {dropout}; set it to 0")
@@ -57,6 +52,20 @@ def packed_attention(
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     out = attend(q, k, v, packed_cu_seqlens, packed_max_length, scaling)
     return out.unsqueeze(0), None
+
+
+def check_attention(softcap: float | None, sliding_window: int | None, longest: int) -> None:
+    """Raises ConfigError for attention that is not implemented here, over `longest` tokens."""
+    if softcap:
+        raise ConfigError(
+            f"packed attention has no soft cap, this model asks for {softcap}; use a model of the "
+            "Llama or Qwen family"
+        )
+    if sliding_window and sliding_window < longest:
+        raise ConfigError(
+            f"packed attention has no sliding window, this model's is {sliding_window} and the "
+            f"longest sequence {longest} tokens; lower rollout.max_new_tokens, or use another model"
+        )
 
 
 def attend(

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as hf_logging
 
 from flowrl.records import Prompt, Rollout, SampleRequest
+from flowrl.rollout.model_limits import check_request, eos_ids
 from flowrl.rollout.noise import stream_keys, uniform
-from flowrl.schema import ConfigError, require
 from flowrl.weights import copy_weights
 
 MAX_PROB_CELLS = 1 << 25  # rows x vocabulary sampled at once: 256 MiB of float64
@@ -40,20 +40,21 @@ class HFSampler:
 
     def __init__(
         self,
-        model_path: Path,
+        model_dir: Path,
         dtype: torch.dtype,
         device: torch.device,
         tokenizer: Any,
         max_batch_sequences: int,
     ) -> None:
         """Raises ConfigError if neither tokenizer nor model names an end-of-sequence token."""
-        self.model = _load(model_path, dtype, device)
+        self.model_dir = model_dir
+        self.model = _load(model_dir, dtype, device)
         self.tokenizer = tokenizer
         self.device = device
         self.max_batch_sequences = max_batch_sequences
         self.policy_version = 0
         self.weights_checksum: int | None = None  # of what the last load_weights brought
-        self.eos_ids = _eos_ids(self.model, tokenizer)
+        self.eos_ids = eos_ids(model_dir, tokenizer)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         """Raises ValueError for names or shapes of another model, and for weights that do not
@@ -66,7 +67,7 @@ class HFSampler:
 
     @torch.inference_mode()
     def sample(self, request: SampleRequest) -> list[Rollout]:
-        self._check(request)
+        check_request(request, self.model_dir)
         rows = [
             _Row(place, prompt, place % request.group_size)
             for place, prompt in enumerate(
@@ -91,18 +92,6 @@ class HFSampler:
                     text=text,
                 )
         return [rollouts[place] for place in range(len(rows))]
-
-    def _check(self, request: SampleRequest) -> None:
-        longest = max((len(p.token_ids) for p in request.prompts), default=0)
-        empty = [p.index for p in request.prompts if not p.token_ids]
-        require(not empty, f"prompts must have tokens, prompt {empty[:1]} has none; encode it")
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and longest + request.max_new_tokens > limit:
-            raise ConfigError(
-                f"prompt and response must fit the model's {limit} positions, got {longest} + "
-                f"{request.max_new_tokens} tokens; set rollout.max_prompt_tokens and "
-                "rollout.max_new_tokens lower"
-            )
 
     def _generate(
         self, rows: Sequence[_Row], request: SampleRequest
@@ -244,19 +233,6 @@ def _load(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
         if had_bars:
             hf_logging.enable_progress_bar()
     return model.to(device).eval().requires_grad_(False)
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokenizer's EOS and all of the model's: chat models stop at several tokens."""
-    declared = getattr(model.generation_config, "eos_token_id", None)
-    several = declared if isinstance(declared, list) else [declared]
-    ids = frozenset(i for i in (*several, tokenizer.eos_token_id) if i is not None)
-    if not ids:
-        raise ConfigError(
-            "the model must have an end-of-sequence token, neither its tokenizer nor its "
-            "generation_config.json names one; add eos_token_id to generation_config.json"
-        )
-    return ids
 
 
 def _ragged(values: Tensor, lengths: Sequence[int]) -> list[list[Any]]:

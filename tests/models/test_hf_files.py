@@ -231,11 +231,14 @@ def test_unknown_and_damaged_models_are_refused(broken):
     (broken / "config.json").write_text(json.dumps({**config, **layers}))
     with pytest.raises(ConfigError, match=r"lacks \d+ weights .*layers\.2"):
         load_causal_lm(broken, torch.float32, CPU)
+    (broken / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of"}))
+    with pytest.raises(ConfigError, match="does not load"):
+        check_model_dir(broken)
+    (broken / "config.json").write_text(json.dumps(config))
     (broken / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ConfigError, match="does not load"):
         load_causal_lm(broken, torch.float32, CPU)
-    (broken / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of"}))
-    with pytest.raises(ConfigError, match="does not load"):
+    with pytest.raises(ConfigError, match="is damaged"):
         check_model_dir(broken)
 
 

@@ -26,9 +26,10 @@ from flowrl.rollout.engine_protocol import (
     receive,
     send,
 )
+from flowrl.rollout.model_limits import eos_ids
 from flowrl.rollout.process_tree import group_members
 from flowrl.rollout.vllm_engine import check_room, shares_of_cpus
-from flowrl.rollout.vllm_sampler import SyncOptions, VLLMSampler, eos_ids
+from flowrl.rollout.vllm_sampler import SyncOptions, VLLMSampler
 from flowrl.rollout.vllm_start import check_device, check_gpus
 from flowrl.rollout.weight_check import columns, compare, fingerprint, sampled
 from flowrl.rollout_config import RolloutConfig
