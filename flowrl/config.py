@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from flowrl.loop_config import LoopConfig
 from flowrl.parallel_config import ParallelConfig, check_backend
-from flowrl.rollout_config import RolloutConfig
+from flowrl.rollout_config import MIN_TEMPERATURE, RolloutConfig
 from flowrl.schema import ConfigError, build, require
 from flowrl.step_config import StepsConfig
 
@@ -72,6 +72,11 @@ class BaseConfig:
         for name in ("num_layers", "num_heads", "num_kv_heads", "intermediate_size",
                      "pretrain_steps", "pretrain_rows", "hidden_size"):  # fmt: skip
             _positive("base", name, getattr(self, name))
+        require(
+            self.pretrain_lr > 0,
+            f"base.pretrain_lr must be > 0, got {self.pretrain_lr}; set base.pretrain_lr=3e-3",
+        )
+        _seed("base.seed", self.seed)
         require(
             self.head_dim >= 0 and self.head_dim % 2 == 0,
             f"base.head_dim must be even, or 0, got {self.head_dim}; set base.head_dim=32",
@@ -260,8 +265,9 @@ class EvalConfig:
         for name in ("every", "num_prompts", "exact_prompts"):
             _at_least("eval", name, getattr(self, name), 0)
         require(
-            self.temperature > 0,
-            f"eval.temperature must be > 0, got {self.temperature}; set eval.temperature=0.6",
+            self.temperature >= MIN_TEMPERATURE,
+            f"eval.temperature must be >= {MIN_TEMPERATURE}, got {self.temperature}; "
+            "set eval.temperature=0.6",
         )
         require(
             0 < self.top_p <= 1, f"eval.top_p must be in (0, 1], got {self.top_p}; set eval.top_p=1"
@@ -332,6 +338,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
+        _seed("seed", self.seed)
         longest = self.rollout.max_prompt_tokens + self.rollout.max_new_tokens - 1
         require(
             self.batch.tokens_per_microbatch >= longest,
@@ -358,6 +365,13 @@ class Config:
 
 def _positive(section: str, name: str, value: int) -> None:
     _at_least(section, name, value, 1)
+
+
+def _seed(name: str, value: int) -> None:
+    require(
+        0 <= value < 2**63,
+        f"{name} must be in [0, 2^63), got {value}; set {name}=0",
+    )
 
 
 def _at_least(section: str, name: str, value: float, low: float) -> None:

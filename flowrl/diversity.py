@@ -74,8 +74,11 @@ def implied_log_z(
     policy: Sequence[float], prior: Sequence[float], rewards: Sequence[float], beta: float
 ) -> float:
     """E_q[beta r - log(q / prior)]: the log Z that fits a policy q best in least squares. It
-    equals log Z - KL(q || pi*), so its error is the KL. Answers of no mass count 0."""
+    equals log Z - KL(q || pi*), so its error is the KL. Answers of no mass count 0; nan where none
+    has any."""
     q = np.asarray(policy, dtype=np.float64)
+    if q.sum() <= 0:
+        return math.nan
     q = q / q.sum()
     held = q > 0
     base, r = np.asarray(prior, dtype=np.float64)[held], np.asarray(rewards)[held]

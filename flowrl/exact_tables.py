@@ -7,6 +7,7 @@ measure(answers, policy, answers.targets(beta, objective.fixed_point, group_size
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -176,14 +177,16 @@ def _log_softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def measure(answers: Answers, policy: Sequence[float], targets: Targets) -> dict[str, float]:
-    """diversity/*: every exact number of one prompt. Equations: docs/math.md."""
+    """diversity/*: every exact number of one prompt. Those given a listed answer are left out where
+    the policy has lost them all. Equations: docs/math.md."""
     nominal = targets.nominal.probabilities
+    listed = float(np.sum(policy))
     found = {
         **_distances("target", policy, nominal),
         "success_exact": _success(answers, policy),
         "success_target": _success(answers, nominal),
         "reward_exact": float(np.dot(policy, answers.rewards)),
-        "length_exact": float(np.dot(policy, answers.lengths) / np.sum(policy)),
+        "length_exact": float(np.dot(policy, answers.lengths)) / listed if listed > 0 else math.nan,
         "kl_to_reference": _kl_to_reference(policy, answers.reference),
         "mode_mass_error": abs(_success(answers, policy) - _success(answers, nominal)),
         "rank_correlation": diversity.spearman(policy, nominal.tolist()),
@@ -203,7 +206,7 @@ def measure(answers: Answers, policy: Sequence[float], targets: Targets) -> dict
         found |= _distances("fixed_point", policy, own)
         found["success_fixed_point"] = _success(answers, own)
         found |= _modes(answers, own, "_fixed_point")
-    return {f"diversity/{name}": value for name, value in found.items()}
+    return {f"diversity/{name}": value for name, value in found.items() if math.isfinite(value)}
 
 
 def _distances(name: str, policy: Sequence[float], other: np.ndarray) -> dict[str, float]:

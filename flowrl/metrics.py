@@ -164,7 +164,7 @@ def distances(policy: Sequence[float], target: Sequence[float]) -> dict[str, flo
     lacks of 1 is one more outcome, which the target gives no mass.
 
     l1 = sum |q - p|, jsd <= ln 2, kl_from = KL(p || q), kl = KL(q || p) of q given a listed outcome
-    (it would be infinite otherwise)."""
+    (it would be infinite otherwise; nan where no listed one has any mass)."""
     q = np.append(np.asarray(policy, dtype=np.float64), max(0.0, 1.0 - float(np.sum(policy))))
     p = np.append(np.asarray(target, dtype=np.float64), 0.0)
     middle = (p + q) / 2
@@ -174,7 +174,7 @@ def distances(policy: Sequence[float], target: Sequence[float]) -> dict[str, flo
     return {
         "l1": float(np.abs(q - p).sum()),
         "jsd": (_kl(q, middle, tiny) + _kl(p, middle, tiny)) / 2,
-        "kl": _kl(q[:-1] / q[:-1].sum(), p[:-1], tiny),
+        "kl": _kl(q[:-1] / listed, p[:-1], tiny) if (listed := q[:-1].sum()) > 0 else math.nan,
         "kl_from": _kl(p, q, tiny),
     }
 

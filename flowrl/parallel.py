@@ -27,6 +27,7 @@ from flowrl.schema import ConfigError
 
 WAIT_S = 1800.0  # longest wait for another rank before the job ends, if its engine has no more
 MARGIN_S = 60.0  # beyond what its engine may take
+ANNOUNCED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # by torchrun, to each process
 Value = TypeVar("Value")
 
 
@@ -146,8 +147,14 @@ def start(
     timeout = longest_wait(engine_wait_s)
     check_device(device)
     use_cuda = device != "cpu" and torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = _announced("LOCAL_RANK", 0)
     count = num_processes()
+    missing = [name for name in ANNOUNCED if count > 1 and name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {count}, and {', '.join(missing)} not set; start the processes with "
+            "torchrun, or take WORLD_SIZE out of the environment for a single one"
+        )
     layout.replicas(count)
     chosen = torch.device("cpu")
     if use_cuda:
@@ -155,7 +162,7 @@ def start(
         torch.cuda.set_device(chosen)
     if count > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=timeout)
-    return place(int(os.environ.get("RANK", 0)), count, layout, chosen, timeout)
+    return place(_announced("RANK", 0), count, layout, chosen, timeout)
 
 
 def check_device(device: str) -> None:
@@ -184,7 +191,15 @@ def longest_wait(engine_wait_s: float) -> timedelta:
 
 def num_processes() -> int:
     """Processes that torchrun started, over all nodes; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _announced("WORLD_SIZE", 1)
+
+
+def _announced(name: str, default: int) -> int:
+    """A number that the launcher put into the environment. Raises ConfigError for no number."""
+    text = os.environ.get(name, "")
+    if text and not text.isdigit():
+        raise ConfigError(f"{name} in the environment must be a number, got {text!r}; unset it")
+    return int(text) if text else default
 
 
 def place(

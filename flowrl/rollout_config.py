@@ -15,6 +15,8 @@ Correction = Literal[
     "none", "tis", "seq_tis", "icepop", "seq_mask", "seq_mask_tis", "geo_rs", "k3_rs"
 ]
 
+MIN_TEMPERATURE = 1e-3  # logits are divided by it in float32
+
 CORRECTION_BOUNDS: dict[str, tuple[float | None, float]] = {
     "tis": (None, 2.0),
     "seq_tis": (None, 2.0),
@@ -108,9 +110,9 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         require(
-            self.temperature > 0,
-            f"rollout.temperature must be > 0, got {self.temperature}; greedy decoding has no "
-            "importance weights: set rollout.temperature=1.0",
+            self.temperature >= MIN_TEMPERATURE,
+            f"rollout.temperature must be >= {MIN_TEMPERATURE}, got {self.temperature}; greedy "
+            "decoding has no importance weights: set rollout.temperature=1.0",
         )
         for name in ("max_prompt_tokens", "max_new_tokens", "max_batch_sequences",
                      "sync_bucket_mb", "sync_checked_tensors", "tensor_parallel_size"):  # fmt: skip

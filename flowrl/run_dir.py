@@ -170,20 +170,24 @@ def read_config(path: Path) -> Config:
 
 def _take(path: Path) -> RunLock:
     check_free(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = RunLock(path)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to run directory {path}: {error.strerror}; choose another with "
-            "--run.dir DIR"
-        ) from error
+    make_directory(path, "--run.dir")
+    lock = RunLock(path)
     try:
         check_free(path)  # another may have come first
     except ConfigError:
         lock.release()
         raise
     return lock
+
+
+def make_directory(path: Path, flag: str) -> None:
+    """With those above it. Raises ConfigError, naming the flag that chooses it, where it cannot."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make directory {path}: {error.strerror}; choose another with {flag} DIR"
+        ) from error
 
 
 def check_free(path: Path) -> None:
@@ -284,5 +288,5 @@ def _line(row: Mapping[str, Any]) -> str:
 def _write_whole(path: Path, text: str) -> None:
     """Written aside and renamed: a reader never sees half a file."""
     aside = path.with_suffix(".partial")
-    aside.write_text(text)
+    aside.write_text(text, encoding="utf-8")
     aside.rename(path)

@@ -110,3 +110,8 @@ def test_measures_by_hand():
     }
     for name, value in by_hand.items():
         assert found[f"diversity/{name}"] == pytest.approx(value), name
+    lost = measure(answers, [0.0, 0.0, 0.0], targets)  # a policy that diverged
+    given_a_listed_answer = {"kl_to_target", "kl_to_fixed_point", "kl_to_reference", "length_exact",
+                             "log_z_error"}  # fmt: skip
+    assert {name.split("/")[1] for name in found.keys() - lost.keys()} == given_a_listed_answer
+    assert lost["diversity/l1_to_target"] == pytest.approx(2.0)

@@ -10,7 +10,9 @@ import sys
 import pytest
 from arguments import as_args
 
+from flowrl import parallel
 from flowrl.cli import main
+from flowrl.schema import ConfigError
 from flowrl.settings import merge
 
 STEPS = 3
@@ -95,3 +97,17 @@ def test_a_batch_that_does_not_divide_is_refused(tiny, tmp_path, monkeypatch, ca
         main(["train", "--dry-run", *as_args(tiny)])
     assert stopped.value.code == 2
     assert "got 2 prompts and 3 ranks; set batch.prompts_per_step=6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("WORLD_SIZE", "2", "MASTER_ADDR, MASTER_PORT not set; start the processes with torchrun"),
+        ("WORLD_SIZE", "two", "WORLD_SIZE in the environment must be a number, got 'two'"),
+        ("RANK", "-1", "RANK in the environment must be a number, got '-1'"),
+    ],
+)
+def test_an_environment_that_is_not_torchruns(monkeypatch, name, value, message):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        parallel.start("cpu")

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from flowrl import assembly, parallel
 from flowrl.report.study_page import write_study_page
+from flowrl.run_dir import make_directory
 from flowrl.schema import ConfigError
 from flowrl.study.jobs import TrainJob, control_jobs, is_done
 from flowrl.study.plan import Run, Study, plan_runs, read_study
@@ -50,6 +51,7 @@ def run(args: CompareArgs) -> None:
         _check(planned)
     if args.dry_run:
         return _list(study, chosen, console)
+    make_directory(args.out / study.name, "--out")
     failures = [] if args.report else _train(study, chosen, args, console)
     _write(study, everything, failures, args.out, console)
     if failures:
@@ -106,7 +108,6 @@ def _write(
     folder = out / study.name
     files = sorted(folder.glob("*/controls/*.json"))
     results = collect(study, runs, told, files)
-    folder.mkdir(parents=True, exist_ok=True)
     _write_whole(folder / "study.json", json.dumps(results, indent=1) + "\n")
     page = write_study_page(results, folder / "study.html")
     done = sum(row["status"] == "done" for row in results["runs"])
@@ -128,5 +129,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _write_whole(path: Path, text: str) -> None:
     aside = path.with_suffix(".partial")
-    aside.write_text(text)
+    aside.write_text(text, encoding="utf-8")
     aside.replace(path)

@@ -32,7 +32,7 @@ def run(config: Config) -> None:
     """Prints what a run would do; raises ConfigError where it could not."""
     config, objective = assembly.resolve(config)
     expected = config.parallel.processes or config.parallel.model_size
-    processes = int(os.environ.get("WORLD_SIZE", expected))
+    processes = parallel.num_processes() if "WORLD_SIZE" in os.environ else expected
     ranks = Parallel(0, config.parallel.replicas(processes), torch.device("cpu"))
     check_layout(config, ranks)
     missing = _missing_here(config)

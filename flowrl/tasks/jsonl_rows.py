@@ -79,8 +79,15 @@ def _read_row(line: bytes, where: str, names: Fields) -> Row:
             names.empty_answers or bool(answer.strip()),
             f"{where}: {names.answer!r} is empty; remove that line",
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{where}: {names.prompt!r} has half of a surrogate pair, {text[error.start]!r}, which "
+            "is no character; correct that line"
+        ) from error
     key = json.dumps(messages) if messages else text
-    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
     return Row(text, messages, answer, fields, digest)
 
 

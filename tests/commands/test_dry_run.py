@@ -125,5 +125,5 @@ def test_of_a_run_directory_that_cannot_be_made(capsys, tiny, tmp_path):
     (tmp_path / "file").touch()
     run_dir = tmp_path / "file" / "run"
     args = as_args(merge(tiny, {"run": {"dir": str(run_dir)}}))
-    assert f"cannot write to run directory {run_dir}: Not a directory" in refused(capsys, args)
+    assert f"cannot make directory {run_dir}: Not a directory" in refused(capsys, args)
     assert "cannot write to" in refused(capsys, [*args, "--dry-run"])

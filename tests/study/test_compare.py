@@ -158,3 +158,11 @@ def test_rejection_by_hand():
     assert found.sum() == pytest.approx(1.0)
     many = rejection(Answers(), float("inf"))  # type: ignore[arg-type]
     assert many == pytest.approx([0.25, 0.75, 0.0])
+
+
+def test_a_place_where_no_study_can_lie(study, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", str(study), "--out", str(tmp_path / "file" / "studies")])
+    assert stopped.value.code == 2
+    assert "Not a directory; choose another with --out DIR" in capsys.readouterr().err

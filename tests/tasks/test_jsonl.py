@@ -114,6 +114,7 @@ def test_exact_match_strips_white_space_only(tmp_path):
         ([{"prompt": ["hi"], "answer": "1"}], "line 1: field 'prompt': a message must be an"),
         ([{"prompt": [{"role": "user"}], "answer": "1"}], "strings role and content, got {.role"),
         ([{"prompt": [{"role": "user", "content": None}], "answer": "1"}], "strings role and"),
+        ([{"prompt": "a\ud800", "answer": "1"}], "line 1: 'prompt' has half of a surrogate pair"),
         ([], "a.jsonl has no problems"),
         (["", "  "], "a.jsonl has no problems"),
         ([GOOD[0]], "1 problems, too few to hold out 1"),
