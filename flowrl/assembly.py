@@ -206,6 +206,19 @@ def check_prompts(config: Config, task: Task, directory: Path | None, tokenizer:
         check_config(directory, longest + config.rollout.max_new_tokens)
 
 
+def notes(config: Config, task: Task) -> list[str]:
+    """What these settings leave out, though they seem to ask for it. `config` is a resolved one."""
+    found = []
+    if config.eval.num_prompts and not task.num_prompts("eval"):
+        found.append(f"task {task.name} holds no problem out with these options: no evaluation")
+    share, prompts = config.loop.replay_fraction or 0.0, config.batch.prompts_per_step
+    if share and int(prompts * share) == 0:
+        found.append(
+            f"loop.replay_fraction={share} of {prompts} prompts a step is less than one: no replay"
+        )
+    return found
+
+
 def build_backend(
     config: Config, objective: Objective, parallel: Parallel, say: Callable[[str], None]
 ) -> Backend:

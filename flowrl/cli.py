@@ -299,6 +299,8 @@ def _run(args: list[str]) -> None:
         _fail(str(error), 2)
     except KeyboardInterrupt:
         _fail("interrupted" + (_CONTINUE.get(args[0], "")), 130)
+    except BrokenPipeError:
+        raise  # main's to end
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         remedy = "free the disk or correct the path; a run continues with --resume"
@@ -324,8 +326,13 @@ def _dispatch(name: str, args: list[str]) -> None:
 
 def _refuse_unknown(name: str, arguments: type, args: list[str]) -> None:
     known = {f.name for f in fields(arguments)} | {"help"}
+    first = fields(arguments)[0].name if fields(arguments) else ""  # the one without a flag
     for arg in args:
         key = arg.partition("=")[0].removeprefix("--").replace("-", "_")
+        if arg.startswith("--") and key.replace(".", "_") == first:
+            raise ConfigError(
+                f"flowrl {name} takes it without {arg}: flowrl {name} {first.upper()}"
+            )
         if arg.startswith("--") and key.removeprefix("no_") not in known:
             meant = settings_called(key) if name in (*TAKES_SETTINGS, *TAKES_SOME) else ""
             raise ConfigError(f"flowrl {name} has no {arg}{meant or nearest(key, known)}")

@@ -19,7 +19,7 @@ from flowrl.models import Backend
 from flowrl.parallel import Parallel
 from flowrl.records import Prompt, Rollout, SampleRequest, Score
 from flowrl.rollout import Sampler
-from flowrl.tasks import Task, names_solutions
+from flowrl.tasks import Task, names_solutions, score_all
 
 EXACT_PROMPTS_KEPT = 6  # prompts whose whole distributions are kept for the report
 
@@ -95,7 +95,7 @@ class Evaluator:
             stream="eval",
         )
         rollouts = sampler.sample(request)
-        return rollouts, self.task.score(rollouts)
+        return rollouts, score_all(self.task, rollouts)
 
     def _problems(
         self, rollouts: Sequence[Rollout], scores: Sequence[Score]

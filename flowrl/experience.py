@@ -20,7 +20,7 @@ from flowrl.parallel import Parallel
 from flowrl.records import Actions, Rollout, SampleRequest, Score
 from flowrl.replay import Group, ReplayBuffer
 from flowrl.rollout import Sampler
-from flowrl.tasks import Task
+from flowrl.tasks import Task, score_all
 
 Item = TypeVar("Item")
 REPLAY_FILE = "replay.jsonl"
@@ -123,7 +123,7 @@ class Collector:
         with self.watch("generate"):
             rollouts = self.sampler.sample(self._request(number, indices))
         with self.watch("reward"):
-            scores = self.task.score(rollouts)
+            scores = score_all(self.task, rollouts)
         groups = [
             Group(tuple(rollouts[start : start + size]), tuple(scores[start : start + size]))
             for start in range(0, len(rollouts), size)

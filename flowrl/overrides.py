@@ -80,7 +80,9 @@ def _value(path: list[str], texts: list[str]) -> Any:
     if _hint(path) is str:
         return texts[0]
     values = [_literal(text) for text in texts]
-    return values if _is_list(path) else values[0]
+    if not _is_list(path):
+        return values[0]
+    return values[0] if len(values) == 1 and isinstance(values[0], list) else values
 
 
 def _literal(text: str) -> Any:

@@ -126,9 +126,10 @@ def _coerce(value: Any, hint: Any, dotted: str) -> Any:
         value = float(value)
     expected = origin or hint
     if not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool):
+        text = f"'\"{value}\"'" if hint is str else "VALUE"  # quotes for the shell and for TOML
         raise ConfigError(
-            f"{dotted} must be of type {getattr(hint, '__name__', hint)}, got {value!r}; "
-            f"write --{dotted} VALUE or {dotted.split('.')[-1]} = VALUE in the recipe"
+            f"{dotted} must be of type {getattr(hint, '__name__', hint)}, got {value!r}; write "
+            f"--{dotted} {text} or {dotted.split('.')[-1]} = {text.strip(chr(39))} in the recipe"
         )
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{dotted} must be finite, got {value}; give a finite number")

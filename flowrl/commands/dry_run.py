@@ -52,6 +52,8 @@ def run(config: Config) -> None:
             f"model.path {config.model.path} is not on this machine, model.shape stands for it: "
             "weights and tokenizer have not been looked at", highlight=False,
         )  # fmt: skip
+    for note in assembly.notes(config, task):
+        console.print(note, highlight=False)
     for line in missing:
         console.print(f"not on this machine: {line}", markup=False, highlight=False)
     if config.model.backend == "megatron":

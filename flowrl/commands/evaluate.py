@@ -44,6 +44,7 @@ def run(request: Request) -> None:
     """Prints the metrics; writes them to `out`, too, if it is given."""
     run_dir, model, options = request.source, request.model, request.options
     config = _config(request)
+    _check_out(request.out)
     ranks = parallel.start(config.model.device, config.parallel, config.rollout.longest_wait_s)
     console = Console(quiet=not ranks.is_main, soft_wrap=True)
     parts = assembly.assemble(config, ranks, console.print)
@@ -71,6 +72,15 @@ def run(request: Request) -> None:
         if request.out:
             Path(request.out).write_text(json.dumps(found, indent=1) + "\n")
     parallel.stop()
+
+
+def _check_out(out: str) -> None:
+    """Raises ConfigError where the metrics could not be written, before there are any."""
+    path = Path(out).resolve()
+    if out and (path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK)):
+        raise ConfigError(
+            f"--json {out} cannot be written; name a file in a directory that is there"
+        )
 
 
 def _evaluator(config: Config, parts: assembly.Parts, ranks: Parallel) -> Evaluator:

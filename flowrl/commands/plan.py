@@ -40,6 +40,11 @@ def run(config: Config, machine: Machine) -> None:
     config, objective = assembly.resolve(config)
     for flag, value in (("gpus", machine.num_gpus), ("response_tokens", machine.response_tokens)):
         require(value >= 0, f"--{flag} must be at least 0, got {value}; leave it out")
+    require(
+        machine.response_tokens <= config.rollout.max_new_tokens,
+        f"--response_tokens is a mean and at most rollout.max_new_tokens, got "
+        f"{machine.response_tokens} and {config.rollout.max_new_tokens}; set it lower",
+    )
     if machine.gpu not in GPUS:
         raise ConfigError(f"no rates of a GPU called {machine.gpu!r}{nearest(machine.gpu, GPUS)}")
     shape = model_shape(config)

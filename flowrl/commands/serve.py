@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -10,14 +9,11 @@ from typing import Any
 
 from flowrl.rollout.engine_listener import EngineListener
 from flowrl.rollout.engine_token import read_token
-from flowrl.schema import require
+from flowrl.rollout.vllm_start import check_python
 
 
 def run(address: str, token_file: str, python: str, log: Path) -> None:
-    require(
-        not python or shutil.which(python) is not None,
-        f"--python {python} is no program; give the Python of an environment that has vllm",
-    )
+    check_python(python)
     listener = EngineListener(address, read_token(token_file), python, log)
     signal.signal(signal.SIGTERM, _end)
     host = address.rpartition(":")[0]

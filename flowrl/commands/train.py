@@ -138,6 +138,8 @@ def _train(
     with Display(config.trainer.steps, enabled=ranks.is_main) as display:
         parts = assembly.assemble(config, ranks, display.say)
         evaluator = Evaluator(config, parts.task, parts.tokenizer, ranks)
+        for note in assembly.notes(config, parts.task):
+            display.say(note)
         hashes = ranks.agree(lambda: _file_hashes(parts.task, found, ranks))
         open_run = RunDir.create if is_new else RunDir.reopen
         run_dir = open_run(config, assembly.kernel_backend(config), ranks)

@@ -59,6 +59,13 @@ def build_base(task: ExampleSource, base: BaseConfig, log: Callable[[str], None]
     ConfigError if the task has no
     alphabet or examples, or an example has characters outside the alphabet."""
     first = [task.example(i) for i in range(HASHED_EXAMPLES)]
+    for example in first:
+        require(
+            example is None
+            or (isinstance(example, tuple | list) and [*map(type, example)] == [str, str]),
+            f"example() of task {task.name} must give (prompt, answer) or None, got {example!r}; "
+            "correct it",
+        )
     if task.alphabet is None or None in first:
         raise ConfigError(
             f"task {task.name} has no base model of its own; set model.path to a model directory"

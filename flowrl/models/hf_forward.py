@@ -49,6 +49,11 @@ def check_forward(model: Any, own: Sequence[Tensor], batch: PackedBatch) -> None
     """Compares logits from the packed forward and hidden @ weight.T with the model's `own`. A head
     with a bias, a scale or a soft cap, attention sinks, or layers that cannot
     tell packed sequences apart would otherwise be trained on wrong log-probs without an error."""
+    if not all(torch.isfinite(logits).all() for logits in own):
+        raise ConfigError(
+            f"logits of the {type(model).__name__} are not finite: its weights are damaged; set "
+            "model.path to another model"
+        )
     hidden = packed_hidden(model, batch)
     found = hidden @ model.get_output_embeddings().weight.T
     if not torch.allclose(found, torch.cat(list(own)), atol=1e-3, rtol=1e-3):

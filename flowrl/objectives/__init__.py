@@ -91,7 +91,11 @@ def build(
     if name not in OBJECTIVES:
         raise ConfigError(f"no objective called {name!r}{nearest(name, names())}")
     cls = OBJECTIVES[name]
-    return cls(build_options(cls.Options, options or {}, "objective"), backend)
+    try:
+        chosen = build_options(cls.Options, options or {}, "objective")
+    except ConfigError as error:
+        raise ConfigError(f"{error} (objective {name})") from error
+    return cls(chosen, backend)
 
 
 def loss(name: str, batch: LossBatch, **options: Any) -> LossResult:

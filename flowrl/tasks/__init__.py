@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from typing import Any, Protocol
 
 from flowrl.records import Prompt, Rollout, Score
 from flowrl.schema import ConfigError, nearest, require
+from flowrl.tasks.scorer_child import describe
 
 TASK_NAMES = (
     "blocksworld", "countdown", "game24", "hypergrid", "jsonl", "modular", "toy_tree"
@@ -84,6 +87,22 @@ def names_solutions(task: Task) -> bool:
     return getattr(task, "names_solutions", True)
 
 
+def score_all(task: Task, rollouts: Sequence[Rollout]) -> list[Score]:
+    """`task.score`, each reward a finite float; one that is not is a failure of the scorer. Raises
+    ConfigError for another number of scores than of rollouts."""
+    scores = task.score(rollouts)
+    if len(scores) != len(rollouts):
+        raise ConfigError(
+            f"score() of task {task.name} gave {len(scores)} scores for {len(rollouts)} rollouts; "
+            "return one for each, in order"
+        )
+    return [s if math.isfinite(s.reward) else _not_finite(s) for s in scores]
+
+
+def _not_finite(score: Score) -> Score:
+    return Score(0.0, False, error=score.error or f"the reward is {score.reward}")
+
+
 def file_hashes(task: Task) -> dict[str, str]:
     """Hex SHA-256 by path of the files whose problems the task serves: its `data_files`, if it has
     that attribute. A run goes on only with the files that it began with."""
@@ -115,11 +134,18 @@ def _build_from_file(path: Path, options: dict[str, Any]) -> Task:
         f"{path} must define build(options: dict) -> Task; see docs/tasks.md",
     )
     try:
-        task = module.build(options)
+        inspect.signature(module.build).bind(options)
     except TypeError as error:
         raise ConfigError(
-            f"build(options) of {path} failed: {error}; it takes the options alone, see "
-            "docs/tasks.md"
+            f"build(options) of {path} takes the options alone: {error}; see docs/tasks.md"
+        ) from error
+    try:
+        task = module.build(options)
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ConfigError(
+            f"build(options) of {path} failed: {describe(error, path)}; correct that file"
         ) from error
     members = [m for m in (*Task.__annotations__, *vars(Task)) if not m.startswith("_")]
     missing = [m for m in members if not hasattr(task, m)]
@@ -137,9 +163,9 @@ def _load(path: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise ConfigError(
-            f"cannot load the task file {path}: {type(error).__name__}: {error}; correct that file"
+            f"cannot load the task file {path}: {describe(error, path)}; correct that file"
         ) from error
     return module

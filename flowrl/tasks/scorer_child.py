@@ -78,7 +78,8 @@ def read_result(result: Any) -> dict[str, Any]:
     if unknown or "reward" not in result:
         raise ValueError(f"scorer must {RESULT_FORMS}; got a dict with {sorted(map(str, result))}")
     reward = _reward(result["reward"])
-    correct, solution = result.get("correct", reward >= 1), result.get("solution")
+    correct = _plain(result.get("correct", reward >= 1))
+    solution = result.get("solution")
     if not isinstance(correct, bool):
         raise TypeError(f"scorer's correct must be a bool, got {_kind(correct)}")
     if solution is not None and not isinstance(solution, str):
@@ -86,7 +87,13 @@ def read_result(result: Any) -> dict[str, Any]:
     return {"reward": reward, "correct": correct, "solution": solution if correct else None}
 
 
+def _plain(value: Any) -> Any:
+    """A scalar of numpy or torch as Python's own."""
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
 def _reward(value: Any) -> float:
+    value = _plain(value)
     if not isinstance(value, numbers.Real):
         raise TypeError(f"scorer must {RESULT_FORMS}; got {_kind(value)}")
     if not math.isfinite(value):
@@ -101,7 +108,8 @@ def _kind(value: Any) -> str:
 def describe(error: BaseException, path: Path) -> str:
     """Type, message and the last line of the user's file that the error passed through."""
     text = f"{type(error).__name__}: {error}"[:MAX_MESSAGE]
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    files = (str(path), str(path.resolve()))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in files]
     return f"{text} ({path.name}, line {frames[-1].lineno})" if frames else text
 
 

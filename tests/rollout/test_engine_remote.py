@@ -70,7 +70,7 @@ def python(tmp_path):
     code = tmp_path / "engine.py"
     code.write_text(ENGINE)
     path = tmp_path / "python"
-    path.write_text(f'#!/bin/sh\nexec {sys.executable} {code} "$@"\n')
+    path.write_text(f'#!/bin/sh\n[ "$1" = -c ] || exec {sys.executable} {code} "$@"\n')
     path.chmod(0o755)
     return str(path)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 
 from flowrl.config import ConfigError
-from flowrl.records import Rollout
-from flowrl.tasks import TASK_NAMES, Task, build_task
+from flowrl.records import Rollout, Score
+from flowrl.tasks import TASK_NAMES, Task, build_task, score_all
 
 DOCS = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text()
 
@@ -99,6 +100,8 @@ def test_the_documented_scorer_and_line_work(tmp_path):
     [
         ("def build(:", "cannot load the task file .*SyntaxError"),
         ("import nothing_of_that_name", "cannot load the task file .*No module named"),
+        ("import sys\nsys.exit(0)", r"cannot load .*SystemExit: 0 \(mine.py, line 2\); correct"),
+        ("def build(options):\n    return 1 + ''", r"failed: TypeError: .* \(mine.py, line 2\)"),
         ("build = 3", r"must define build\(options: dict\) -> Task"),
         ("def build(options): return object()", "must have name, alphabet, prompt, num_prompts"),
     ],
@@ -118,5 +121,26 @@ def test_missing_file():
 def test_a_build_with_the_signature_of_the_shipped_tasks_is_told(tmp_path):
     path = tmp_path / "own.py"
     path.write_text("def build(options, timeout_s):\n    return None\n")
-    with pytest.raises(ConfigError, match="takes the options alone, see docs/tasks.md"):
+    with pytest.raises(
+        ConfigError, match="takes the options alone: missing a required argument: 'timeout_s'"
+    ):
         build_task(str(path), {}, 1.0)
+
+
+class Grader:
+    name = "grader"
+
+    def __init__(self, *rewards):
+        self.scores = [Score(reward, True) for reward in rewards]
+
+    def score(self, rollouts):
+        return self.scores
+
+
+def test_a_reward_that_is_no_number_is_a_failure_of_the_scorer():
+    first, second, third = score_all(Grader(0.5, math.nan, -math.inf), [None] * 3)
+    assert (first.reward, first.error) == (0.5, None)
+    assert (second.reward, second.correct, second.error) == (0.0, False, "the reward is nan")
+    assert third.error == "the reward is -inf"
+    with pytest.raises(ConfigError, match="gave 1 scores for 2 rollouts"):
+        score_all(Grader(1.0), [None] * 2)
