@@ -119,7 +119,7 @@ def test_config_and_cli_import_no_torch(module):
 
 
 def test_files_stay_readable():
-    """Sizes of style.md: 400 lines, kernels 500."""
+    """Sizes of CONTRIBUTING.md: 400 lines, kernels 500."""
     for folder in ("flowrl", "kernels", "bench", "tests"):
         for path in modules(folder):
             limit = 500 if "kernels" in path.name else 400

@@ -84,6 +84,7 @@ def test_of_two_trainers_that_begin_a_run_one_does(tiny, tmp_path):
         stdout=subprocess.PIPE,
         text=True,
     )
+    assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     message = refused(command(tiny, run_dir))
     holder.communicate("")

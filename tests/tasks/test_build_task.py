@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from flowrl.config import ConfigError
-from flowrl.records import Rollout, Score
+from flowrl.records import Rollout
 from flowrl.tasks import TASK_NAMES, Task, build_task, score_all
+from flowrl.tasks.step_task import StepTask
 
 DOCS = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text()
 
@@ -127,20 +128,36 @@ def test_a_build_with_the_signature_of_the_shipped_tasks_is_told(tmp_path):
         build_task(str(path), {}, 1.0)
 
 
-class Grader:
-    name = "grader"
-
-    def __init__(self, *rewards):
-        self.scores = [Score(reward, True) for reward in rewards]
-
-    def score(self, rollouts):
-        return self.scores
-
-
-def test_a_reward_that_is_no_number_is_a_failure_of_the_scorer():
-    first, second, third = score_all(Grader(0.5, math.nan, -math.inf), [None] * 3)
+def test_a_reward_that_is_no_number_is_a_failure_of_the_scorer(tmp_path):
+    rewards = {"a": 0.5, "b": math.nan, "c": -math.inf}
+    source = code_block("# reverse.py").replace("float(right)", "REWARDS[rollout.text]")
+    path = tmp_path / "reverse.py"
+    path.write_text(f"from math import inf, nan\nREWARDS = {rewards}\n{source}")
+    task = build_task(str(path), {}, 1.0)
+    prompt = task.prompt("train", 0)
+    rollouts = [Rollout(prompt, 0, (), (), False, 0, text) for text in rewards]
+    first, second, third = score_all(task, rollouts)
     assert (first.reward, first.error) == (0.5, None)
     assert (second.reward, second.correct, second.error) == (0.0, False, "the reward is nan")
     assert third.error == "the reward is -inf"
-    with pytest.raises(ConfigError, match="gave 1 scores for 2 rollouts"):
-        score_all(Grader(1.0), [None] * 2)
+    path.write_text(code_block("# reverse.py").replace("return scores", "return scores[1:]"))
+    with pytest.raises(ConfigError, match="gave 2 scores for 3 rollouts"):
+        score_all(build_task(str(path), {}, 1.0), rollouts)
+
+
+def test_the_documented_task_of_legal_actions_works(tmp_path):
+    """Each held-out problem, whole: length n with k ones has C(n, k) right answers of 2^n."""
+    path = tmp_path / "bits.py"
+    path.write_text(code_block("# bits.py"))
+    task = build_task(str(path), {}, 1.0)
+    assert isinstance(task, StepTask)
+    check_contract(task)
+    for index in range(task.num_prompts("eval")):
+        prompt = task.prompt("eval", index)
+        length, ones = prompt.data["length"], prompt.data["ones"]
+        right = math.comb(length, ones)
+        assert task.num_answers(prompt.data) == (2**length, right)
+        log_partition = math.log(1 + right / 2**length * (math.e - 1))
+        assert task.log_partition(prompt, 1.0) == pytest.approx(log_partition)
+    partial = ",".join("1" * (length - 1))
+    assert task.legal_actions(prompt, partial) == [",0", ",1"]
