@@ -61,7 +61,8 @@ def target(point: FixedPoint, table: Table, group_size: int = 8) -> Target | Non
     right = rewards == levels[-1]
     if len(levels) < 2 or right.all():
         return Target(np.exp(_solve(log_prior, 0.0 * rewards, lengths)[0]), None, prior)
-    found = _self_consistent(point.beta, log_prior, right, lengths, group_size)
+    beta = point.beta * (group_size / (group_size - 1) if point.group_log_z else 1.0)
+    found = _self_consistent(beta, log_prior, right, lengths, group_size)
     return Target(found, None, prior)
 
 

@@ -70,6 +70,9 @@ class FixedPoint:
     """c is |y| instead of 1: the log-ratio is a mean over tokens."""
     reward: Literal["raw", "zscore"] = "raw"
     """rhat: the reward, or its mean z-score among the groups that the policy itself draws."""
+    group_log_z: bool = False
+    """log Z is the mean of the group, where z-scores have mean 0 and log-ratios have not: z-scores
+    count G / (G - 1) times then."""
     prior: Literal["reference", "backward", "uniform"] = "reference"
     """pi_ref; or of trajectories of legal actions, the product of P_B = 1 / number of parents, or
     the same for all of them."""

@@ -1,7 +1,8 @@
 """DAPO: a wider upper clip, every token of the batch weighted alike, no KL, no uniform groups.
 
 Clip-higher, dual clip and the token mean stand here; dynamic sampling and the soft punishment of
-overlong answers are parts of the loop that it switches on. Source: arXiv:2503.14476.
+overlong answers are parts of the loop that it switches on. Source: arXiv:2503.14476; the bound of
+the dual clip is verl's.
 """
 
 from __future__ import annotations

@@ -56,7 +56,8 @@ class FlowOfReasoning(Objective):
     @dataclass(frozen=True)
     class Options:
         beta: float = math.log(100.0)
-        """log R of a right answer over that of reward 0: log 100, as in the paper's BlocksWorld."""
+        """log R of a right answer, where reward 0 has log R = 0. What the authors' BlocksWorld has:
+        docs/math.md."""
         backward: Literal["uniform", "tree"] = "uniform"
         """P_B: uniform over the ways into a state, so that the mass of an end is R; or 1, the state
         being all of the text, so that the mass of a trajectory is R."""

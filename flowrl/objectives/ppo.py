@@ -5,7 +5,8 @@
     loss = clipped surrogate of A + value_coef * clipped value loss
 
 The coefficient is fixed or follows a target KL. Sources: arXiv:1707.06347; for language models
-arXiv:1909.08593 (KL in the reward, adaptive coefficient); defaults as in verl.
+arXiv:1909.08593 (KL in the reward, adaptive coefficient); numbers as in verl, whose own default
+keeps the KL out of the reward.
 """
 
 from __future__ import annotations

@@ -70,7 +70,8 @@ class SquaredResidual(Objective):
         settings = self.settings
         if settings.anchor == "old" or settings.log_z in ("zero", "mean_reward"):
             return None  # the anchor moves on, or nothing makes it sum to 1
-        return FixedPoint(settings.beta, settings.length_norm, settings.reward)
+        of_group = settings.reward == "zscore" and settings.log_z != "learned"
+        return FixedPoint(settings.beta, settings.length_norm, settings.reward, of_group)
 
     def prepare(self, batch: LossBatch, all_reduce: AllReduce = identity) -> LossBatch:
         """rhat as `advantages` (N,): the raw reward or its z-score over the group."""

@@ -29,6 +29,8 @@ def describe_target(target: Mapping[str, Any], of: str = "nominal") -> str:
     if point is None:
         return "not known"
     reward = "r" if point["reward"] == "raw" else "z-scored r"
+    if point.get("group_log_z"):
+        reward = f"G/(G - 1) {reward}"
     if point["length_normalised"]:
         return f"{_prior(target)}exp(|y| ({point['beta']:g} {reward} - log Z))"
     return f"{_prior(target)}exp({point['beta']:g} {reward})/Z"

@@ -119,6 +119,12 @@ def test_old_samples_do_not_bias_the_group_constant(name):
     assert l1(train(name, {"beta": BETA}, off_policy=True)) < 0.02
 
 
+def test_old_samples_bias_a_constant_of_the_old_policy():
+    """GFlowRL's log Z and clip are right at the policy that sampled, and there alone."""
+    for options in ({}, {"gap_clip": False}):
+        assert l1(train("gflowrl", {"beta": BETA, **options}, off_policy=True)) > 0.1
+
+
 def test_old_samples_bias_the_mean_reward_as_log_z():
     """Negative control: on the same samples Kimi's approximation ends elsewhere."""
     options = {"beta": BETA, "reward": "raw", "length_norm": False, "bound": "none"}

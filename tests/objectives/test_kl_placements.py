@@ -63,6 +63,28 @@ def expected_gradient(name: str = "reinforce", **options) -> torch.Tensor:
     return gradient_of((torch.stack(losses) * probabilities).sum(), logits)
 
 
+def pair_gradient(name: str, log_answers: torch.Tensor, **options) -> float:
+    """Largest entry of the expected gradient over all groups of two answers, at the policy that
+    gives the answers these log-probs (9,)."""
+    by_first = log_answers.view(3, 3)
+    logits = torch.cat([by_first.logsumexp(1)[None], by_first]).requires_grad_()
+    pairs = torch.cartesian_prod(torch.arange(9), torch.arange(9)).flatten()  # (162,)
+    current = token_logprobs(logits)
+    batch = LossBatch(
+        rewards=REWARDS[pairs],
+        group_ids=torch.arange(81).repeat_interleave(2),
+        cu_seqlens=to_cu_seqlens(torch.full((162,), 2)),
+        logprobs=current[pairs].flatten(),
+        old_logprobs=current[pairs].flatten().detach(),
+        ref_logprobs=token_logprobs(REF)[pairs].flatten(),
+    )
+    objective = build(name, options)
+    batch = objective.prepare(batch.replace(totals=count_totals(batch)))
+    losses = [objective.loss(batch.select(torch.tensor([i])))[0] for i in range(162)]
+    chance = log_answers[pairs].view(81, 2).sum(1).exp().repeat_interleave(2)
+    return float(gradient_of((torch.stack(losses) * chance).sum(), logits).abs().max())
+
+
 def exact(kl: float) -> torch.Tensor:
     """Gradient of -(E[r] - kl * KL(pi || pi_ref))."""
     logits = LOGITS.clone().requires_grad_()
@@ -134,3 +156,24 @@ def test_distance_to_the_target_on_the_toy_tree(options, low, high):
     assert found is not None
     l1 = distances(policy.probabilities().tolist(), found.probabilities.tolist())["l1"]
     assert low <= l1 < high
+
+
+@pytest.mark.parametrize(
+    ("name", "placement", "share"),
+    [
+        ("rloo", "reward_sequence", 1.0),
+        ("rloo", "reward_token", 1.0),
+        ("reinforce", "reward_sequence", 1.0),
+        ("reinforce", "reward_token", 0.5),
+    ],
+)
+def test_where_groups_of_two_end_with_k1_in_the_reward(name, placement, share):
+    """By enumeration: no gradient at pi_ref exp(share r / kl_coef) / Z. The group's mean takes half
+    of the reward with it, and of the KL only where that stands in the reward as a whole."""
+    options = {"kl_coef": TAU, "kl_placement": placement}
+    for tried in (0.5, 1.0):
+        tilted = token_logprobs(REF).sum(1) + tried * REWARDS / TAU
+        found = pair_gradient(name, tilted - tilted.logsumexp(0), **options)
+        assert (found < 1e-10) == (tried == share), (tried, found)
+    declared = build(name, options).fixed_point
+    assert declared == (FixedPoint(1 / TAU) if share == 1 else None)

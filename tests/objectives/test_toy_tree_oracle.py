@@ -98,14 +98,21 @@ def test_without_length_normalisation_flowrl_matches_too():
     assert distance_to(FixedPoint(BETA), policy)["l1"] < 0.02
 
 
-@pytest.mark.parametrize("length_norm", [False, True])
-def test_zscored_flowrl_ends_at_its_self_consistent_point(length_norm):
-    """The reward gap depends on the policy's own success; the fixed point solves for both."""
-    options = {"beta": 1.0, "reward": "zscore", "length_norm": length_norm}
+@pytest.mark.parametrize(
+    ("length_norm", "log_z"),
+    [(False, "learned"), (True, "learned"), (False, "group_mean"), (False, "group_mean_old")],
+)
+def test_zscored_flowrl_ends_at_its_self_consistent_point(length_norm, log_z):
+    """The reward gap depends on the policy's own success; the fixed point solves for both. The
+    group's log Z takes its share of the log-ratio and nothing of the z-scores."""
+    options = {"beta": 1.0, "reward": "zscore", "length_norm": length_norm, "log_z": log_z}
     policy = TabularPolicy(4).train("flowrl", steps=800, **options)
     declared = objectives.build("flowrl", options).fixed_point
-    assert declared == FixedPoint(1.0, length_norm, "zscore")
-    assert distance_to(declared, policy)["l1"] < 0.1
+    of_group = log_z != "learned"
+    assert declared == FixedPoint(1.0, length_norm, "zscore", of_group)
+    assert distance_to(declared, policy)["l1"] < (0.1 if length_norm else 0.05)
+    if not length_norm:
+        assert distance_to(FixedPoint(1.0, False, "zscore", not of_group), policy)["l1"] > 0.06
     raw = FixedPoint(1.0, length_norm)
     assert distance_to(raw, policy)["l1"] > 0.2
 
