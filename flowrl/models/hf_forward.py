@@ -33,8 +33,12 @@ def check_config(model_dir: Path, longest: int) -> None:
     """Raises ConfigError for what a model's config.json tells of a head or an attention that are
     not followed here, over sequences of `longest` tokens. `check_forward` judges by the numbers."""
     config = load_model_config(model_dir).get_text_config()
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    check_attention(softcap, getattr(config, "sliding_window", None), longest)
+    softcap, window = (
+        getattr(config, name, None) for name in ("attn_logit_softcapping", "sliding_window")
+    )
+    if "sliding_attention" not in (getattr(config, "layer_types", None) or ["sliding_attention"]):
+        window = None  # no layer has it
+    check_attention(softcap, window, longest)
     for name, plain in PLAIN_HEAD.items():
         value = getattr(config, name, plain)
         if value not in (plain, None):

@@ -106,7 +106,8 @@ def drop_eos(directory):
         (lambda d: change_config(d, final_logit_softcapping=30.0), "final_logit_softcapping is 30"),
         (lambda d: change_config(d, logits_scaling=8.0), "logits_scaling is 8.0"),
         (lambda d: change_config(d, attn_logit_softcapping=50.0), "no soft cap"),
-        (lambda d: change_config(d, use_sliding_window=True, sliding_window=4, max_window_layers=0),
+        (lambda d: change_config(d, use_sliding_window=True, sliding_window=4,
+                                 layer_types=["sliding_attention"]),
          "no sliding window, this model's is 4 and the longest sequence 14 tokens"),
         (lambda d: change_config(d, max_position_embeddings=12), "model's 12 positions, got 8 + 6"),
     ],
@@ -127,3 +128,16 @@ def test_of_a_run_directory_that_cannot_be_made(capsys, tiny, tmp_path):
     args = as_args(merge(tiny, {"run": {"dir": str(run_dir)}}))
     assert f"cannot make directory {run_dir}: Not a directory" in refused(capsys, args)
     assert "cannot write to" in refused(capsys, [*args, "--dry-run"])
+
+
+def test_a_window_that_no_layer_has_is_no_obstacle(capsys, tmp_path):
+    model = Path(make_chat_model(tmp_path / "model"))
+    change_config(
+        model, use_sliding_window=True, sliding_window=4, max_window_layers=1,
+        layer_types=["full_attention"],
+    )  # fmt: skip
+    data = tmp_path / "problems.jsonl"
+    data.write_text(PROMPTS)
+    main(["train", "--dry-run", "--model.path", str(model), "--task.name", "jsonl", "--task.train",
+          str(data), "--run.dir", str(tmp_path / "run")])  # fmt: skip
+    assert f"run directory {tmp_path / 'run'} is free" in capsys.readouterr().out
