@@ -198,7 +198,11 @@ def check_prompts(config: Config, task: Task, directory: Path | None, tokenizer:
             prompts = [task.prompt(split, index) for index in indices]
             encoded = encode_prompts(prompts, tokenizer, config.rollout.max_prompt_tokens)
             longest = max(longest, *(len(prompt.token_ids) for prompt in encoded))
-    limit = base_model.CONTEXT_TOKENS if directory is None else positions(directory)
+    if config.rollout.engine == "vllm":  # makes room for the longest that is allowed
+        longest = config.rollout.max_prompt_tokens
+    limit: int | None = base_model.CONTEXT_TOKENS
+    if directory is not None:
+        limit = positions(hf_files.load_model_config(directory).get_text_config().to_dict())
     check_length(limit, longest, config.rollout.max_new_tokens)
     if directory is not None and config.model.backend == "hf":
         from flowrl.models.hf_forward import check_config

@@ -146,20 +146,28 @@ def _load(recipe: str, overrides: dict[str, Any]) -> Config:
 
 
 def _train(args: TrainArgs, overrides: dict[str, Any]) -> None:
-    config = _load(args.recipe, overrides)
     if args.dry_run and args.resume:
         raise ConfigError("--dry-run checks a new run and --resume continues one; leave one out")
+    if args.resume:
+        return _resume(args, overrides)
+    config = _load(args.recipe, overrides)
     if args.dry_run:
         from flowrl.commands import dry_run
 
         return dry_run.run(config)
     from flowrl.commands import train
 
-    if not args.resume:
-        return train.run(config)
+    return train.run(config)
+
+
+def _resume(args: TrainArgs, overrides: dict[str, Any]) -> None:
+    """The recipe says where the run is; its other settings are the run's own."""
+    from flowrl.commands import train
+
+    config = load(args.recipe, {"run": overrides.get("run", {})})
     if args.recipe != DEFAULT_RECIPE:  # named by the user, so it must be the run's
         overrides = {**overrides, "recipe": config.recipe}
-    return train.resume(config.run_dir, overrides)
+    train.resume(config.run_dir, overrides)
 
 
 def _make_base(args: MakeBaseArgs, overrides: dict[str, Any]) -> None:

@@ -19,7 +19,8 @@ from flowrl.models import Backend
 from flowrl.parallel import Parallel
 from flowrl.records import Prompt, Rollout, SampleRequest, Score
 from flowrl.rollout import Sampler
-from flowrl.tasks import Task, names_solutions, score_all
+from flowrl.scores import score_all
+from flowrl.tasks import Task, names_solutions
 
 EXACT_PROMPTS_KEPT = 6  # prompts whose whole distributions are kept for the report
 

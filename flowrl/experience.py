@@ -20,7 +20,8 @@ from flowrl.parallel import Parallel
 from flowrl.records import Actions, Rollout, SampleRequest, Score
 from flowrl.replay import Group, ReplayBuffer
 from flowrl.rollout import Sampler
-from flowrl.tasks import Task, score_all
+from flowrl.scores import score_all
+from flowrl.tasks import Task
 
 Item = TypeVar("Item")
 REPLAY_FILE = "replay.jsonl"

@@ -23,12 +23,17 @@ from flowrl.tasks import TASK_NAMES
 def load_checked(recipe: str, overrides: Mapping[str, Any]) -> Config:
     """`settings.load`; raises ConfigError for unknown tables and keys of names not chosen, too."""
     config = load(recipe, overrides)
+    check_tables(recipe)
+    return config
+
+
+def check_tables(recipe: str) -> None:
+    """Raises ConfigError for unknown tables, and for unknown keys in tables of names not chosen."""
     sections = read_toml(recipe_path(recipe))
     for section in NAMED:
         for name, options in sections.get(section, {}).items():
             if isinstance(options, Mapping) and name != "options":
                 _check_table(section, name, options)
-    return config
 
 
 def _check_table(section: str, name: str, options: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ from flowrl.schema import ConfigError
 
 WAIT_S = 1800.0  # longest wait for another rank before the job ends, if its engine has no more
 MARGIN_S = 60.0  # beyond what its engine may take
-ANNOUNCED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # by torchrun, to each process
+ANNOUNCED = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # by torchrun or the like, to each process
 Value = TypeVar("Value")
 
 

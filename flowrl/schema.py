@@ -126,14 +126,24 @@ def _coerce(value: Any, hint: Any, dotted: str) -> Any:
         value = float(value)
     expected = origin or hint
     if not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool):
-        text = f"'\"{value}\"'" if hint is str else "VALUE"  # quotes for the shell and for TOML
         raise ConfigError(
-            f"{dotted} must be of type {getattr(hint, '__name__', hint)}, got {value!r}; write "
-            f"--{dotted} {text} or {dotted.split('.')[-1]} = {text.strip(chr(39))} in the recipe"
+            f"{dotted} must be of type {getattr(hint, '__name__', hint)}, got {value!r}; "
+            + (_as_text(dotted, value) if hint is str else _as_value(dotted))
         )
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{dotted} must be finite, got {value}; give a finite number")
     return value
+
+
+def _as_value(dotted: str) -> str:
+    return f"write --{dotted} VALUE or {dotted.split('.')[-1]} = VALUE in the recipe"
+
+
+def _as_text(dotted: str, value: Any) -> str:
+    """On the command line a setting's type is known, an option's is not: it needs the quotes."""
+    is_option = dotted.split(".")[0] in ("task", "objective")
+    shown = f"'\"{value}\"'" if is_option else value
+    return f'write --{dotted} {shown} or {dotted.split(".")[-1]} = "{value}" in the recipe'
 
 
 def _toml_key(key: str) -> str:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 SIBLINGS = ("data", "tasks", "rollout", "objectives", "models")
 BASE = {
     "schema", "config", "loop_config", "parallel_config", "rollout_config", "model_shape",
-    "settings", "step_config", "records", "parallel", "metrics", "weights",
+    "settings", "step_config", "records", "scores", "parallel", "metrics", "weights",
 }  # fmt: skip
 HEAVY = {  # package -> the only modules that may import it
     "vllm": {"flowrl/rollout/vllm_engine.py"},

@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 from chat_model import make_chat_model
 
+from flowrl.checkpoint import _describe
 from flowrl.cli import main
+from flowrl.commands.train import resumed_config
+from flowrl.schema import ConfigError
+from flowrl.settings import load
 from flowrl.tasks.scorers.answer_line import score
 
 
@@ -118,38 +122,79 @@ def test_every_prompt_is_read_before_a_run(tmp_path, files, capsys, dry):
     )
 
 
-def test_what_a_run_reads_may_lie_elsewhere_but_not_change(tmp_path, files, capsys):
-    """The model and the problems are compared by content with those that the run began with."""
+@pytest.fixture
+def moved(tmp_path, files, capsys) -> tuple[Path, Path, list[str]]:
+    """A run of one step, where its model and problems lie now, and the flags that say so."""
     run_dir, model = tmp_path / "run", Path(make_chat_model(tmp_path / "model"))
     run(str(model), files, run_dir, "--checkpoint.every", "1")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     for name in ("train", "aime", "minerva"):
         (tmp_path / f"{name}.jsonl").rename(elsewhere / f"{name}.jsonl")
-    (elsewhere / "model").symlink_to(model.rename(tmp_path / "renamed"))
+    model.rename(elsewhere / "model")
     held = f"{elsewhere}/aime.jsonl,{elsewhere}/minerva.jsonl"
     places = ["--model.path", f"{elsewhere}/model", "--task.train", f"{elsewhere}/train.jsonl"]
-    places += ["--task.eval", held]
-    resume = ["train", "--resume", "--run.dir", str(run_dir), "--trainer.steps", "2", *places]
+    return run_dir, elsewhere, [*places, "--task.eval", held]
+
+
+def resume(run_dir: Path, *flags: str) -> list[str]:
+    return ["train", "--resume", "--run.dir", str(run_dir), "--trainer.steps", "2", *flags]
+
+
+def test_what_a_run_reads_may_lie_elsewhere(tmp_path, moved, capsys):
+    run_dir, _, places = moved
     assert "model directory not found" in refused(capsys, "export", str(run_dir))
     main(["export", str(run_dir), "--hf", str(tmp_path / "out"), *places[:2]])
     main(["eval", str(run_dir), *places, "--samples", "2", "--num_prompts", "6"])
     assert "at step 1: 6 problems" in capsys.readouterr().out
-    with (elsewhere / "train.jsonl").open("a") as file:
-        file.write(rows(50, 1))
-    message = refused(capsys, *resume)
-    assert f"{elsewhere}/train.jsonl is not what this run began with" in message
-    (elsewhere / "train.jsonl").write_text(rows(0, 8))
-    (elsewhere / "model/config.json").write_text(
-        (elsewhere / "model/config.json").read_text() + " "
-    )
-    assert "is not the one that this run began with" in refused(capsys, *resume)
-    (elsewhere / "model/config.json").write_text((elsewhere / "model/config.json").read_text()[:-1])
-    main(resume)
-    assert [row["step"] for row in read(run_dir / "metrics.jsonl") if row["kind"] == "train"] == [
-        1,
-        2,
-    ]
+    main(resume(run_dir, *places, "--rollout.max_prompt_tokens", "300"))
+    rows = read(run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2]
+
+
+def test_what_a_run_reads_may_not_change(moved, capsys):
+    """Problems, the weights, and where the model's answers end."""
+    run_dir, elsewhere, places = moved
+    for name, changed, message in (
+        ("train.jsonl", rows(0, 9), f"task.train ({elsewhere}/train.jsonl) is not what this run"),
+        ("model/config.json", " ", "is not the one that this run began with"),
+        ("model/generation_config.json", '{"eos_token_id": [0, 50]}',
+         f"model.path generation_config.json ({elsewhere}/model/generation_config.json) is not"),
+    ):  # fmt: skip
+        file = elsewhere / name
+        before = file.read_text()
+        file.write_text(before + changed if changed == " " else changed)
+        assert message in refused(capsys, *resume(run_dir, *places))
+        file.write_text(before)
+    renamed = elsewhere / "aime24.jsonl"
+    (elsewhere / "aime.jsonl").rename(renamed)
+    message = refused(capsys, *resume(run_dir, *places[:-1], places[-1].replace("aime", "aime24")))
+    assert "task.eval aime, which is gone now, is not what this run began with" in message
+    renamed.rename(elsewhere / "aime.jsonl")
+    main(resume(run_dir, *places))
+
+
+def test_a_run_that_did_not_write_down_what_it_read(moved, capsys):
+    """Made by a version before: its places stay."""
+    run_dir, elsewhere, places = moved
+    checkpoint = run_dir / "checkpoints/step_000001"
+    state = json.loads((checkpoint / "trainer.json").read_text())
+    del state["inputs"]
+    (checkpoint / "trainer.json").write_text(json.dumps(state))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["trainer.json"] = _describe(checkpoint / "trainer.json")
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    message = refused(capsys, *resume(run_dir, *places))
+    assert "this run's checkpoints do not say what was in it; leave model.path as it was" in message
+    for name in ("train.jsonl", "aime.jsonl", "minerva.jsonl", "model"):
+        (elsewhere / name).rename(elsewhere.parent / name)
+    main(resume(run_dir))
+
+
+def test_options_of_a_task_of_ones_own_are_no_places():
+    recorded = load("countdown_cpu", {"task": {"name": "own.py", "train": 8}})
+    with pytest.raises(ConfigError, match="task.options.train is 8 in this run and cannot become"):
+        resumed_config(recorded, {"task": {"train": 5}})
 
 
 def refused(capsys, *args: str) -> str:

@@ -102,7 +102,7 @@ def test_a_batch_that_does_not_divide_is_refused(tiny, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("WORLD_SIZE", "2", "MASTER_ADDR, MASTER_PORT not set; start the processes with torchrun"),
+        ("WORLD_SIZE", "2", "RANK, MASTER_ADDR, MASTER_PORT not set; start the processes with"),
         ("WORLD_SIZE", "two", "WORLD_SIZE in the environment must be a number, got 'two'"),
         ("RANK", "-1", "RANK in the environment must be a number, got '-1'"),
     ],

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from flowrl import assembly, parallel
+from flowrl.option_tables import check_tables
 from flowrl.report.study_page import write_study_page
 from flowrl.run_dir import make_directory
 from flowrl.schema import ConfigError
@@ -47,6 +48,8 @@ def run(args: CompareArgs) -> None:
     console = Console(soft_wrap=True, highlight=False)
     everything = plan_runs(study, args.out)
     chosen = plan_runs(study, args.out, [a for a in args.arms.split(",") if a])
+    for recipe in sorted({world.recipe for world in study.worlds.values()}):
+        check_tables(recipe)
     for planned in chosen:
         _check(planned)
     if args.dry_run:

@@ -115,8 +115,9 @@ def check_model(config: Config, task: Task) -> None:
                 f"model.path {path} is not a directory; only the megatron backend's settings can "
                 "be checked with model.shape alone"
             )
-        lengths = config.rollout.max_prompt_tokens, config.rollout.max_new_tokens
-        check_length(shape.max_positions, *lengths)
+        if config.rollout.engine == "vllm":
+            lengths = config.rollout.max_prompt_tokens, config.rollout.max_new_tokens
+            check_length(shape.max_positions, *lengths)
         return check_split(shape, config.parallel)
     if not config.model.path and task.alphabet is None:
         raise ConfigError(

@@ -44,8 +44,8 @@ def run(request: Request) -> None:
     """Prints the metrics; writes them to `out`, too, if it is given."""
     run_dir, model, options = request.source, request.model, request.options
     config = _config(request)
-    _check_out(request.out)
     ranks = parallel.start(config.model.device, config.parallel, config.rollout.longest_wait_s)
+    ranks.agree(lambda: _check_out(request.out) if ranks.is_main else None)
     console = Console(quiet=not ranks.is_main, soft_wrap=True)
     parts = assembly.assemble(config, ranks, console.print)
     try:
@@ -76,8 +76,9 @@ def run(request: Request) -> None:
 
 def _check_out(out: str) -> None:
     """Raises ConfigError where the metrics could not be written, before there are any."""
-    path = Path(out).resolve()
-    if out and (path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK)):
+    path = Path(out)
+    written = os.access(path if path.exists() else path.resolve().parent, os.W_OK)
+    if out and (path.is_dir() or not written):
         raise ConfigError(
             f"--json {out} cannot be written; name a file in a directory that is there"
         )
@@ -116,9 +117,14 @@ def _recorded(request: Request) -> tuple[Config, Mapping[str, Any]]:
     """The settings of a run or of a recipe, and the overrides that are left to apply. The engine's
     log goes to `run.dir`."""
     name, overrides = str(request.source), request.overrides
+    if request.model and "path" in overrides.get("model", {}):
+        raise ConfigError(
+            "--model is the model to evaluate, --model.path where a run's starting model lies now; "
+            "leave one out"
+        )
     if request.source.is_dir() or not (name in recipe_names() or name.endswith(".toml")):
         recorded = read_config(request.source)
-        _check_of_a_run(overrides, request.model)
+        _check_of_a_run(overrides)
         run = dataclasses.replace(recorded.run, dir=name)
         return dataclasses.replace(recorded, run=run), overrides
     if not request.model:
@@ -133,21 +139,19 @@ def _recorded(request: Request) -> tuple[Config, Mapping[str, Any]]:
     return load_checked(name, {**overrides, "rollout": rest, **logs}), {"rollout": engine}
 
 
-def _check_of_a_run(overrides: Mapping[str, Any], model: str) -> None:
+def _check_of_a_run(overrides: Mapping[str, Any]) -> None:
     """Raises ConfigError for what an evaluation of a run cannot change."""
     takes = [f"{section}.{name}" for section, names in OF_A_RUN.items() for name in names]
     for section, values in overrides.items():
-        for name in values if isinstance(values, Mapping) else [""]:
+        names = list(values) if isinstance(values, Mapping) else [""]
+        if section == "task" and names == ["options"]:
+            names = list(values["options"])
+        for name in names:
             if name not in OF_A_RUN.get(section, ()):
                 raise ConfigError(
                     f"flowrl eval has the run's settings, got {section}{name and '.'}{name}; leave "
                     f"it out; it takes {', '.join(takes)}"
                 )
-    if model and "model" in overrides:
-        raise ConfigError(
-            "--model is the model to evaluate and --model.path where the run's starting model lies "
-            "now; leave one out"
-        )
 
 
 def _rollout(recorded: RolloutConfig, overrides: Mapping[str, Any]) -> RolloutConfig:

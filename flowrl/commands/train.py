@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from flowrl.metrics import Stopwatch, peak_memory_gb
 from flowrl.parallel import Parallel
 from flowrl.report import write_report
 from flowrl.run_dir import RunDir, check_free, read_config
+from flowrl.run_inputs import checked_hashes
 from flowrl.run_lock import RunLock
 from flowrl.run_reader import read_run
 from flowrl.schema import ConfigError
 from flowrl.settings import from_mapping, merge, to_mapping
 from flowrl.staleness import AheadCollector
-from flowrl.tasks import Task, file_hashes
 from flowrl.trainer import NonFiniteLossError, StepResult, Trainer, TrainingError, check_layout
 
 # Settings that a resumed run may change: none of them changes a number of the steps to come, but
@@ -43,8 +43,9 @@ MAY_CHANGE = {
     "rollout.generate_timeout_s", "rollout.sync_timeout_s", "rollout.sync_bucket_mb",
     "rollout.sync_checked_tensors", "rollout.sync_transport",
     "rollout.kv_cache_gb", "rollout.gpu_memory_utilization", "rollout.max_prompt_tokens",
-    "model.path", "task.options.train", "task.options.eval",  # places: contents are compared
+    "model.path",  # contents are compared
 }  # fmt: skip
+PROBLEMS = {"task.options.train", "task.options.eval"}  # of task jsonl: contents are compared
 
 
 def run(config: Config) -> None:
@@ -105,7 +106,7 @@ def resumed_config(recorded: Config, overrides: Mapping[str, Any]) -> Config:
     """The recorded config with the overrides that a resume may make; others raise ConfigError."""
     wanted = from_mapping(merge(to_mapping(recorded), overrides))
     for name, old, new in _differences(to_mapping(recorded), to_mapping(wanted)):
-        if name not in MAY_CHANGE:
+        if name not in (MAY_CHANGE | PROBLEMS if recorded.task.name == "jsonl" else MAY_CHANGE):
             raise ConfigError(
                 f"{name} is {old!r} in this run and cannot become {new!r} on resume; "
                 "leave it out, or start a new run with --run.dir DIR"
@@ -135,44 +136,26 @@ def _train(
 ) -> None:
     """All that can be wrong with the settings is found before the run directory is touched."""
     check_loggers(config.run.loggers)
-    with Display(config.trainer.steps, enabled=ranks.is_main) as display:
+    with Display(config.trainer.steps, enabled=ranks.is_main) as display, ExitStack() as opened:
         parts = assembly.assemble(config, ranks, display.say)
+        opened.callback(parts.close)
         evaluator = Evaluator(config, parts.task, parts.tokenizer, ranks)
         for note in assembly.notes(config, parts.task):
             display.say(note)
-        hashes = ranks.agree(lambda: _file_hashes(parts.task, found, ranks))
+        state = found.state if found else None
+        hashes = ranks.agree(
+            lambda: checked_hashes(config, parts.task, state) if ranks.is_main else {}
+        )
         open_run = RunDir.create if is_new else RunDir.reopen
         run_dir = open_run(config, assembly.kernel_backend(config), ranks)
+        opened.callback(run_dir.close)
         display.say(f"run directory: {run_dir.path}")
         loggers = build_loggers(config.run.loggers, run_dir.path) if ranks.is_main else []
-        try:
-            session = _Session(config, ranks, run_dir, parts, evaluator, display, loggers, hashes)
-            session.train(found)
-        finally:
-            for logger in loggers:
-                logger.close()
-            parts.close()
-            run_dir.close()
+        for logger in loggers:
+            opened.callback(logger.close)
+        session = _Session(config, ranks, run_dir, parts, evaluator, display, loggers, hashes)
+        session.train(found)
     _finish(config, ranks, display.console)
-
-
-def _file_hashes(
-    task: Task, found: checkpoint.Checkpoint | None, ranks: Parallel
-) -> dict[str, str]:
-    """Of the task's files, on the main process. Raises ConfigError where they are not those that
-    the run began with, wherever these lay then."""
-    if not ranks.is_main:
-        return {}
-    hashes = file_hashes(task)
-    recorded = found.state.get("data") if found else None
-    if recorded is not None and [*recorded.values()] != [*hashes.values()]:
-        changed = [path for path, hash in hashes.items() if hash not in recorded.values()]
-        raise ConfigError(
-            f"{', '.join(changed or hashes)} is not what this run began with "
-            f"({', '.join(recorded)} then); put the problems back, or start a new run with "
-            "--run.dir DIR"
-        )
-    return hashes
 
 
 def _finish(config: Config, ranks: Parallel, console: Console) -> None:
@@ -303,7 +286,7 @@ class _Session:
             "kernel_backend": assembly.kernel_backend(self.config),
             "trainer": self.trainer.state(),
             "plateau": dataclasses.asdict(self.plateau),
-            "data": self.hashes,
+            "inputs": self.hashes,
             "config": to_mapping(self.config),
         }
         began = time.perf_counter()

@@ -74,10 +74,10 @@ def check_model_dir(path: Path) -> None:
 
 def _check_weight_files(path: Path) -> None:
     """Raises ConfigError for files that are cut short, or that the index names and are not there.
-    Reads their heads only."""
+    Reads their heads only. Beside one whole file an index is not read, as in transformers."""
     index = path / "model.safetensors.index.json"
     named: set[str] = set()
-    if index.is_file():
+    if index.is_file() and not (path / "model.safetensors").is_file():
         try:
             named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -17,6 +17,8 @@ from flowrl.schema import ConfigError
 
 PLAIN_HEAD = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
 """What scales or caps logits (Gemma, Granite, Cohere), and its value where nothing does."""
+ALL_SLIDE = ("mistral", "mixtral", "phi3", "starcoder2")
+"""Model types whose every layer takes the config's sliding window, if it is set."""
 
 
 def load_model(model_dir: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -33,12 +35,10 @@ def check_config(model_dir: Path, longest: int) -> None:
     """Raises ConfigError for what a model's config.json tells of a head or an attention that are
     not followed here, over sequences of `longest` tokens. `check_forward` judges by the numbers."""
     config = load_model_config(model_dir).get_text_config()
-    softcap, window = (
-        getattr(config, name, None) for name in ("attn_logit_softcapping", "sliding_window")
-    )
-    if "sliding_attention" not in (getattr(config, "layer_types", None) or ["sliding_attention"]):
-        window = None  # no layer has it
-    check_attention(softcap, window, longest)
+    types = getattr(config, "layer_types", None) or []
+    slides = "sliding_attention" in types or (not types and config.model_type in ALL_SLIDE)
+    window = getattr(config, "sliding_window", None) if slides else None
+    check_attention(getattr(config, "attn_logit_softcapping", None), window, longest)
     for name, plain in PLAIN_HEAD.items():
         value = getattr(config, name, plain)
         if value not in (plain, None):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as hf_logging
 
 from flowrl.records import Prompt, Rollout, SampleRequest
-from flowrl.rollout.model_limits import check_request, eos_ids
+from flowrl.rollout.model_limits import check_request, eos_ids, positions
 from flowrl.rollout.noise import stream_keys, uniform
 from flowrl.weights import copy_weights
 
@@ -47,7 +47,6 @@ class HFSampler:
         max_batch_sequences: int,
     ) -> None:
         """Raises ConfigError if neither tokenizer nor model names an end-of-sequence token."""
-        self.model_dir = model_dir
         self.model = _load(model_dir, dtype, device)
         self.tokenizer = tokenizer
         self.device = device
@@ -67,7 +66,7 @@ class HFSampler:
 
     @torch.inference_mode()
     def sample(self, request: SampleRequest) -> list[Rollout]:
-        check_request(request, self.model_dir)
+        check_request(request, positions(self.model.config.get_text_config().to_dict()))
         rows = [
             _Row(place, prompt, place % request.group_size)
             for place, prompt in enumerate(

@@ -6,6 +6,7 @@ Imports no torch.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,25 @@ def eos_ids(model_dir: Path, tokenizer: Any) -> frozenset[int]:
     return ids
 
 
-def check_request(request: SampleRequest, model_dir: Path) -> None:
-    """Raises ConfigError for a prompt without tokens, or without room for its response."""
+def check_request(request: SampleRequest, limit: int | None) -> None:
+    """Raises ConfigError for a prompt without tokens, or without room for its response within the
+    `limit`, the model's positions."""
     empty = [p.index for p in request.prompts if not p.token_ids]
     require(not empty, f"prompts must have tokens, prompt {empty[:1]} has none; encode it")
     longest = max((len(p.token_ids) for p in request.prompts), default=0)
-    check_length(positions(model_dir), longest, request.max_new_tokens)
+    check_length(limit, longest, request.max_new_tokens)
 
 
-def positions(model_dir: Path) -> int | None:
-    """Of the model's context; None where its config.json names none."""
-    config = read_json(model_dir / "config.json")
-    config = config.get("text_config", config)
-    return config.get("max_position_embeddings", config.get("n_positions"))
+def positions(config: Mapping[str, Any]) -> int | None:
+    """Of the context of a model with this config.json, rotary scaling included; None where it names
+    none."""
+    config = config.get("text_config") or config
+    given = config.get("max_position_embeddings", config.get("n_positions"))
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    if given is None or original is None or factor is None:
+        return given
+    return max(given, int(original * factor))
 
 
 def check_length(limit: int | None, longest_prompt: int, max_new_tokens: int) -> None:

@@ -21,6 +21,7 @@ from flowrl.records import Prompt, Rollout, SampleRequest, Score
 from flowrl.rollout.hf_sampler import HFSampler
 from flowrl.rollout.noise import stream_keys, uniform
 from flowrl.schema import ConfigError, require
+from flowrl.scores import score_all
 from flowrl.step_config import StepsConfig
 
 LOCAL_SEARCH = "local search"  # stream of its noise
@@ -161,7 +162,7 @@ class StepSampler(HFSampler):
     ) -> list[Rollout]:
         """Group by group; see `StepsConfig.local_search_tries`."""
         size = request.group_size
-        rewards = [score.reward for score in self.task.score(rollouts)]
+        rewards = [score.reward for score in score_all(self.task, rollouts)]
         found = list(rollouts)
         for start in range(0, len(rollouts), size):
             group = rewards[start : start + size]
@@ -169,7 +170,7 @@ class StepSampler(HFSampler):
             if group[best] == 1:
                 continue  # nothing is better than right
             tries = self._completions(trajectories[start + best], request)
-            for rollout, score in zip(tries, self.task.score(tries), strict=True):
+            for rollout, score in zip(tries, score_all(self.task, tries), strict=True):
                 if score.reward > group[best]:
                     found[start + worst] = replace(rollout, sample=worst)
                     break

@@ -31,7 +31,7 @@ from flowrl.rollout.engine_protocol import (
     WeightSyncError,
 )
 from flowrl.rollout.gpu_memory import release_cached
-from flowrl.rollout.model_limits import check_request, eos_ids, read_json
+from flowrl.rollout.model_limits import check_request, eos_ids, positions, read_json
 from flowrl.rollout.noise import stream_keys
 from flowrl.rollout.weight_broadcast import Broadcast, described
 from flowrl.rollout.weight_check import compare, sampled
@@ -164,7 +164,7 @@ class VLLMSampler:
             request.stream != "train" or request.top_p == 1,
             f"training samples the whole distribution, got top_p={request.top_p}; set it to 1",
         )
-        check_request(request, self.model_dir)
+        check_request(request, positions(read_json(self.model_dir / "config.json")))
 
     # --- weights
 

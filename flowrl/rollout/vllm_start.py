@@ -130,10 +130,10 @@ def check_python(python: str) -> None:
     find = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
     try:
         done = subprocess.run([python or sys.executable, "-c", find], check=False, timeout=60)
-    except OSError as error:
+    except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigError(
-            f"the engine's Python {python} cannot be run: {error.strerror}; name the Python of an "
-            "environment with vllm"
+            f"the engine's Python {python or sys.executable} cannot be run ({error}); name the "
+            "Python of an environment with vllm"
         ) from error
     require(
         done.returncode == 0,

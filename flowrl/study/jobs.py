@@ -40,13 +40,13 @@ class TrainJob:
 
 
 def is_done(run: Run) -> bool:
-    """Trained to the end with these very settings, and reported. Raises ConfigError where the
-    directory holds a run with other settings."""
+    """Trained to the end with these very settings, wherever it lies, and reported. Raises
+    ConfigError where the directory holds a run with other settings."""
     if not (run.directory / "config.toml").is_file():
         return False
     wanted = assembly.resolve(run.config)[0]
     old, new = (_flat(to_mapping(c)) for c in (read_config(run.directory), wanted))
-    for name in sorted({*old, *new}):
+    for name in sorted({*old, *new} - {"run.dir"}):
         if old.get(name) != new.get(name):
             raise ConfigError(
                 f"{run.directory} was trained with {name}={old.get(name)!r}, the study now says "

@@ -7,11 +7,9 @@ define `build(options: dict) -> Task`. A worked example is in docs/tasks.md.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import inspect
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,32 +83,6 @@ def names_solutions(task: Task) -> bool:
     """Whether right answers have a `Score.solution`, so that distinct ones can be counted. A task
     whose answers have none says so with an attribute of this name."""
     return getattr(task, "names_solutions", True)
-
-
-def score_all(task: Task, rollouts: Sequence[Rollout]) -> list[Score]:
-    """`task.score`, each reward a finite float; one that is not is a failure of the scorer. Raises
-    ConfigError for another number of scores than of rollouts."""
-    scores = task.score(rollouts)
-    if len(scores) != len(rollouts):
-        raise ConfigError(
-            f"score() of task {task.name} gave {len(scores)} scores for {len(rollouts)} rollouts; "
-            "return one for each, in order"
-        )
-    return [s if math.isfinite(s.reward) else _not_finite(s) for s in scores]
-
-
-def _not_finite(score: Score) -> Score:
-    return Score(0.0, False, error=score.error or f"the reward is {score.reward}")
-
-
-def file_hashes(task: Task) -> dict[str, str]:
-    """Hex SHA-256 by path of the files whose problems the task serves: its `data_files`, if it has
-    that attribute. A run goes on only with the files that it began with."""
-    found = {}
-    for path in getattr(task, "data_files", ()):
-        with Path(path).open("rb") as file:
-            found[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
 
 
 def build_task(name: str, options: dict[str, Any], timeout_s: float) -> Task:

@@ -127,7 +127,11 @@ class Jsonl:
         names = Fields(options.prompt_field, options.answer_field, scorers.isdisjoint(SHIPPED))
         train = [Problem(row) for row in read_rows(Path(options.train), names)]
         files = options.eval_files
-        self.data_files = [Path(options.train), *files]
+        names_of_eval = [f"eval {path.stem}" if files[1:] else "eval" for path in files]
+        self.data_files = {
+            "train": Path(options.train),
+            **dict(zip(names_of_eval, files, strict=True)),
+        }
         if files:
             sets = [
                 [Problem(row, path.stem if files[1:] else None) for row in read_rows(path, names)]

@@ -84,7 +84,8 @@ def cut_weights(directory):
 
 
 def name_missing_weights(directory):
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (directory / "model.safetensors").rename(directory / "model-1.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -130,12 +131,21 @@ def test_of_a_run_directory_that_cannot_be_made(capsys, tiny, tmp_path):
     assert "cannot write to" in refused(capsys, [*args, "--dry-run"])
 
 
-def test_a_window_that_no_layer_has_is_no_obstacle(capsys, tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: change_config(d, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+        lambda d: (d / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'  # of before a merge
+        ),
+        lambda d: change_config(d, max_position_embeddings=10, rope_parameters={
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10}),
+    ],
+)  # fmt: skip
+def test_what_is_no_obstacle(capsys, tmp_path, change):
+    """A window that no layer has, an index that is not read, a context that is stretched."""
     model = Path(make_chat_model(tmp_path / "model"))
-    change_config(
-        model, use_sliding_window=True, sliding_window=4, max_window_layers=1,
-        layer_types=["full_attention"],
-    )  # fmt: skip
+    change(model)
     data = tmp_path / "problems.jsonl"
     data.write_text(PROMPTS)
     main(["train", "--dry-run", "--model.path", str(model), "--task.name", "jsonl", "--task.train",

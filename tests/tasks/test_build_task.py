@@ -11,7 +11,8 @@ import pytest
 
 from flowrl.config import ConfigError
 from flowrl.records import Rollout
-from flowrl.tasks import TASK_NAMES, Task, build_task, score_all
+from flowrl.scores import score_all
+from flowrl.tasks import TASK_NAMES, Task, build_task
 from flowrl.tasks.step_task import StepTask
 
 DOCS = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text()
@@ -129,19 +130,19 @@ def test_a_build_with_the_signature_of_the_shipped_tasks_is_told(tmp_path):
 
 
 def test_a_reward_that_is_no_number_is_a_failure_of_the_scorer(tmp_path):
-    rewards = {"a": 0.5, "b": math.nan, "c": -math.inf}
+    rewards = {"a": 0.5, "b": math.nan, "c": -math.inf, "d": None}
     source = code_block("# reverse.py").replace("float(right)", "REWARDS[rollout.text]")
     path = tmp_path / "reverse.py"
     path.write_text(f"from math import inf, nan\nREWARDS = {rewards}\n{source}")
     task = build_task(str(path), {}, 1.0)
     prompt = task.prompt("train", 0)
     rollouts = [Rollout(prompt, 0, (), (), False, 0, text) for text in rewards]
-    first, second, third = score_all(task, rollouts)
+    first, second, third, fourth = score_all(task, rollouts)
     assert (first.reward, first.error) == (0.5, None)
     assert (second.reward, second.correct, second.error) == (0.0, False, "the reward is nan")
-    assert third.error == "the reward is -inf"
+    assert (third.error, fourth.error) == ("the reward is -inf", "the reward is None")
     path.write_text(code_block("# reverse.py").replace("return scores", "return scores[1:]"))
-    with pytest.raises(ConfigError, match="gave 2 scores for 3 rollouts"):
+    with pytest.raises(ConfigError, match="gave 3 scores for 4 rollouts"):
         score_all(build_task(str(path), {}, 1.0), rollouts)
 
 
