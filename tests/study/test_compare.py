@@ -113,6 +113,24 @@ def test_what_is_done_is_skipped_and_what_was_cut_short_is_resumed(results, stud
     assert (cut / "metrics.jsonl").read_bytes() == whole
 
 
+def test_a_study_that_was_moved_goes_on_where_it_is(results, study, capsys, tmp_path):
+    shutil.copytree(study.parent / "smoke", tmp_path / "smoke")
+    main(["compare", str(study), "--out", str(tmp_path), "--arms", "grpo", "--workers", "1"])
+    assert "2 runs, 2 of them done" in capsys.readouterr().out
+
+
+def test_a_misspelt_table_of_a_worlds_recipe_is_refused(study, capsys, tmp_path):
+    recipe = tmp_path / "mine.toml"
+    shipped = (RECIPES_DIR / "toy_tree_cpu.toml").read_text()
+    recipe.write_text(shipped + "\n[objective.vargrd]\nbeta = 3.0\n")
+    changed = tmp_path / "smoke.toml"
+    changed.write_text(study.read_text().replace('"toy_tree_cpu"', f'"{recipe}"'))
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", str(changed), "--out", str(tmp_path), "--dry-run"])
+    assert stopped.value.code == 2
+    assert "[objective.vargrd] names no objective" in capsys.readouterr().err
+
+
 def test_other_settings_in_a_directory_are_refused(results, study, capsys, tmp_path):
     changed = tmp_path / "smoke.toml"
     changed.write_text(study.read_text().replace("\nsteps = 4", "\nsteps = 5"))
