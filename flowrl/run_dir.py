@@ -171,6 +171,7 @@ def read_config(path: Path) -> Config:
 def _take(path: Path) -> RunLock:
     check_free(path)
     make_directory(path, "--run.dir")
+    check_writable(path)
     lock = RunLock(path)
     try:
         check_free(path)  # another may have come first
