@@ -1,6 +1,27 @@
-"""`python -m flowrl ...`, for torchrun."""
+"""`flowrl ...`, and `python -m flowrl ...` for torchrun."""
+
+import os
+import traceback
 
 from flowrl.cli import main
 
+
+def run() -> None:
+    """`main` as a process of its own."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return main()
+    from flowrl.parallel import leave
+
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    leave(code)
+
+
 if __name__ == "__main__":
-    main()
+    run()

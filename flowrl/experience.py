@@ -79,6 +79,7 @@ class Collector:
         self.watch = watch
         self.expand = expand
         self.next_prompt = 0  # position in the task's training stream
+        self.generated_tokens = 0  # on this rank, since `take_generated`
         loop = config.loop
         self.buffer = None
         if loop.replay_fraction:
@@ -123,6 +124,7 @@ class Collector:
         size = self.config.batch.group_size
         with self.watch("generate"):
             rollouts = self.sampler.sample(self._request(number, indices))
+        self.generated_tokens += sum(len(rollout.response_ids) for rollout in rollouts)
         with self.watch("reward"):
             scores = score_all(self.task, rollouts)
         groups = [
@@ -130,6 +132,11 @@ class Collector:
             for start in range(0, len(rollouts), size)
         ]
         return groups, [s.error for s in scores if s.error]
+
+    def take_generated(self) -> int:
+        """Response tokens that this rank sampled since the last call, kept in the step or not."""
+        taken, self.generated_tokens = self.generated_tokens, 0
+        return taken
 
     def _request(self, number: int, indices: Sequence[int]) -> SampleRequest:
         prompts = encode_prompts(

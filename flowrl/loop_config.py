@@ -106,27 +106,28 @@ def with_defaults(loop: LoopConfig, defaults: Mapping[str, Any], objective: str)
             raise ConfigError(f"{objective} sets loop.{name}{nearest(name, OFF)}")
     given = {k: v for k, v in dataclasses.asdict(loop).items() if v is not None}
     filled = LoopConfig(**{**OFF, **defaults, **given})
+    unset = {**dataclasses.asdict(LoopConfig()), **OFF, **defaults}
+    asked = {name for name, value in given.items() if value != unset[name]}
     for name, needed in (
         ("max_sampling_rounds", "dynamic_sampling"),
         ("overlong_penalty", "overlong_buffer"),
         ("replay_capacity", "replay_fraction"),
         ("replay_priority", "replay_fraction"),
     ):
-        changed = getattr(loop, name) not in (None, getattr(LoopConfig(), name), OFF.get(name))
         require(
-            not changed or bool(getattr(filled, needed)),
-            f"loop.{name} has no effect without loop.{needed}, got {getattr(loop, name)}; "
+            name not in asked or bool(getattr(filled, needed)),
+            f"loop.{name} has no effect without loop.{needed}, got {given.get(name)}; "
             f"set loop.{needed} or leave it out",
         )
     require(
-        loop.reward_scale_steps in (None, OFF["reward_scale_steps"])
-        or filled.reward_scale_start != 1,
+        "reward_scale_steps" not in asked or filled.reward_scale_start != 1,
         "loop.reward_scale_steps has no effect without loop.reward_scale_start, got "
         f"{loop.reward_scale_steps}; set loop.reward_scale_start=0.5 or leave it out",
     )
-    resets = filled.reference_reset_every or filled.reference_reset_patience
     require(
-        not loop.reset_optimizer or bool(resets),
+        "reset_optimizer" not in asked
+        or not filled.reset_optimizer
+        or bool(filled.reference_reset_every or filled.reference_reset_patience),
         "loop.reset_optimizer has no effect without a reset of the reference; set "
         "loop.reference_reset_every=200 or leave it out",
     )

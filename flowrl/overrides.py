@@ -6,12 +6,12 @@ They go through the same checks as a recipe's TOML, so a wrong key or type reads
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, get_type_hints
 
 from flowrl.config import Config
-from flowrl.schema import ConfigError, settings_named
+from flowrl.schema import ConfigError, settings_named, toml_value
 
 TOP_LEVEL = ("seed",)  # settings outside a section
 
@@ -36,6 +36,30 @@ def split_overrides(args: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         position += 0 if equals else len(texts)
         _set(overrides, path, texts)
     return rest, overrides
+
+
+def as_arguments(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Nested settings as the arguments of which `split_overrides` makes the same."""
+    found: list[str] = []
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        path = name.split(".")
+        if isinstance(value, Mapping):
+            inner = "" if key == "options" else f"{key}."
+            found += as_arguments(value, f"{prefix}{inner}")
+        elif isinstance(value, list | tuple) and _is_list(path):
+            found += [f"--{name}", *(_text(item) for item in value)]
+        elif isinstance(value, str) and _hint(path) is str:
+            found += [f"--{name}", value]
+        else:
+            found += [f"--{name}", _text(value)]
+    return found
+
+
+def _text(value: Any) -> str:
+    """What `_literal` reads as this value."""
+    is_plain = isinstance(value, str) and _literal(value) == value
+    return value if is_plain else toml_value(value)
 
 
 def settings_called(name: str) -> str:

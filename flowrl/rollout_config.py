@@ -90,8 +90,8 @@ class RolloutConfig:
     sync_bucket_mb: int = 256
     """Weights are sent in buckets of about this size, in MiB."""
     sync_checked_tensors: int = 64
-    """Matrices whose checksum is compared after each transfer, and all vectors; the other matrices
-    have their turn later."""
+    """Matrices compared after each transfer, at most, beside all vectors; the others have their
+    turn at the transfers that follow."""
     sync_transport: Literal["auto", "files", "ipc", "broadcast"] = "auto"
     """How weights travel: as files in shared memory, by vLLM's CUDA IPC transfer, or by broadcast
     to the engine's workers (gloo on CPUs, NCCL between GPUs).

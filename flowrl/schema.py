@@ -87,7 +87,7 @@ def toml_text(mapping: Mapping[str, Any]) -> str:
         scalars = {k: v for k, v in mapping.items() if not isinstance(v, Mapping)}
         if prefix and (scalars or not mapping):
             lines.append(f"\n[{prefix}]")
-        lines.extend(f"{_toml_key(k)} = {_toml_value(v)}" for k, v in scalars.items())
+        lines.extend(f"{_toml_key(k)} = {toml_value(v)}" for k, v in scalars.items())
         for key, value in mapping.items():
             if isinstance(value, Mapping):
                 table(value, f"{prefix}.{_toml_key(key)}" if prefix else _toml_key(key))
@@ -147,15 +147,15 @@ def _as_text(dotted: str, value: Any) -> str:
 
 
 def _toml_key(key: str) -> str:
-    return key if key.replace("_", "").replace("-", "").isalnum() else _toml_value(key)
+    return key if key.replace("_", "").replace("-", "").isalnum() else toml_value(key)
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda m: f"\\u{ord(m[0]):04x}", escaped) + '"'
     if isinstance(value, list):
-        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+        return "[" + ", ".join(toml_value(v) for v in value) + "]"
     return repr(value)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +22,13 @@ from flowrl.parallel import Parallel
 from flowrl.records import Rollout, SampleRequest
 from flowrl.replica import ReplicaSampler
 from flowrl.rollout import Sampler
+
+
+@runtime_checkable
+class Interruptible(Protocol):
+    def interrupt(self) -> None:
+        """Makes a call that another thread waits in fail soon, and for good."""
+        ...
 
 
 class AheadSampler:
@@ -56,7 +63,12 @@ class AheadSampler:
         self.policy_version = policy_version
 
     def close(self) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        """A generation that nobody will train on is not waited for where it can be ended."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        is_busy = any(not future.done() for _, future in self._ahead.values())
+        if is_busy and isinstance(self.sampler, Interruptible):
+            self.sampler.interrupt()
+        self._thread.shutdown(wait=True)
         self.sampler.close()
 
 

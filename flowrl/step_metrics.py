@@ -69,7 +69,7 @@ def summarize(
         metrics |= measure.mismatch_metrics(whole)
     for name in ("correction_weight", "correction_dropped"):
         if name in whole:
-            metrics[f"mismatch/{name}"] = float(whole[name].sum() / whole["tokens"].sum())
+            metrics[f"mismatch/{name}"] = float(whole[name].sum() / _num_tokens(whole))
     objective_rows = {name: whole[name] for name in rows}
     sequences = LossBatch(whole["shaped"], whole["group_id"], to_cu_seqlens(whole["length"]))
     return metrics | objective.summarize(objective_rows, sequences), rows
@@ -124,13 +124,18 @@ def _in_prompt_order(parallel: Parallel, mine: Mapping[str, Tensor]) -> dict[str
     return {name: values[order] for name, values in whole.items()}
 
 
+def _num_tokens(whole: Mapping[str, Tensor]) -> Tensor:
+    """Response tokens of the loss; 1 where every one is masked."""
+    return whole["tokens"].sum().clamp(min=1.0)
+
+
 def _actor_metrics(
     parts: Sequence[Part], outputs: Sequence[LossOutput], whole: Mapping[str, Tensor]
 ) -> dict[str, float]:
     """loss, grad_norm: means over the step's updates. entropy, kl_ref: per response token.
     kl_old_new: largest of the updates. step_share: mean share taken of a trust region's steps."""
     updates = [part.update for part in parts if part.update is not None]
-    tokens = whole["tokens"].sum().clamp(min=1.0)
+    tokens = _num_tokens(whole)
     norms = [u.grad_norm for u in updates if not u.skipped]
     metrics = {
         "actor/loss": sum(o.loss for o in outputs) / len(outputs),

@@ -52,7 +52,8 @@ class StepResult:
     rollouts: list[Rollout]
     scores: list[Score]
     rows: dict[str, Tensor]  # per sequence (N,), what the objective measured
-    num_tokens: int  # response tokens of all ranks
+    num_tokens: int  # response tokens of all ranks that the step trained on
+    num_generated: int  # and that were sampled for it: more with dynamic sampling, less with replay
 
 
 @dataclass
@@ -235,7 +236,8 @@ class Trainer:
         if "kl_old_new" in self.objective.needs:
             if part.moved is None:
                 part.moved = Moved(update, self._measure(part)[0])
-            self.objective.after_update(part.moved.kl)
+            if not update.skipped:
+                self.objective.after_update(part.moved.kl)
         return update
 
     @torch.no_grad()
@@ -279,8 +281,9 @@ class Trainer:
         )  # fmt: skip
         if experience.expansion:
             rows = {}  # of candidates, not of rollouts
-        num_tokens = int(self.parallel.all_reduce(batch.lengths.sum().double()))
-        return StepResult(metrics, experience.rollouts, experience.scores, rows, num_tokens)
+        counts = torch.tensor([int(batch.lengths.sum()), self.collector.take_generated()]).double()
+        trained, generated = (int(count) for count in self.parallel.all_reduce(counts))
+        return StepResult(metrics, experience.rollouts, experience.scores, rows, trained, generated)
 
     # --- state
 

@@ -91,10 +91,11 @@ def _continue(
 
 def _check_nothing_is_lost(run_path: Path, recorded: Config) -> None:
     """A run without a valid checkpoint begins again, which removes what it has: only where none was
-    due yet. Raises ConfigError elsewhere."""
+    due yet, as with checkpoint.every = 0. Raises ConfigError elsewhere."""
     damaged = sorted((run_path / "checkpoints").glob("step_*"))
     done = len(read_run(run_path).train)
-    if damaged or done > max(recorded.checkpoint.every, 0):
+    every = recorded.checkpoint.every
+    if damaged or (every and done > every):
         what = f"{len(damaged)} damaged ones" if damaged else f"{done} steps without any"
         raise ConfigError(
             f"{run_path} has no valid checkpoint to resume from, but {what}, and starting over "
@@ -251,8 +252,9 @@ class _Session:
         timing = {f"timing_s/{name}": value for name, value in phases.items()}
         timing["timing_s/step"] = seconds
         timing["perf/tokens_per_s"] = result.num_tokens / seconds
-        for name, phase in (("gen", "generate"), ("train", "train")):
-            timing[f"perf/{name}_tokens_per_s"] = result.num_tokens / phases[phase]
+        if "generate" in phases:  # else other ranks had the step's few fresh prompts
+            timing["perf/gen_tokens_per_s"] = result.num_generated / phases["generate"]
+        timing["perf/train_tokens_per_s"] = result.num_tokens / phases["train"]
         timing["perf/peak_mem_gb"] = peak_memory_gb(self.ranks.device)
         full = self.config.run.samples == "full"
         self.run_dir.write_step(number, result, timing, full)

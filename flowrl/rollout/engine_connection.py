@@ -46,6 +46,10 @@ class EngineConnection:
     def call(self, message: Message, limit_s: float) -> Message:
         return self._answer(message, limit_s, message.op)
 
+    def interrupt(self) -> None:
+        with contextlib.suppress(OSError):  # closed already
+            self._connection.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """An orderly end, where the engine still listens."""
         with contextlib.suppress(OSError, EOFError):

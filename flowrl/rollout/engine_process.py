@@ -206,6 +206,10 @@ class InProcess:
                 raise
             kill()
             raise EngineError(self._died(str(error), what)) from error
+        except BaseException:
+            if self._engine is None:  # it was loading, and nobody else knows its processes
+                kill()
+            raise
         finally:
             timer.cancel()
 
@@ -214,6 +218,9 @@ class InProcess:
 
     def log_tail(self) -> str:
         return tail(self.log_path)
+
+    def interrupt(self) -> None:
+        self._kill(self.pids)
 
     def close(self) -> None:
         if self._engine is not None:

@@ -88,6 +88,10 @@ class EngineHost(Protocol):
 
     def log_tail(self) -> str: ...
 
+    def interrupt(self) -> None:
+        """Makes a call that another thread waits in fail soon."""
+        ...
+
     def close(self) -> None:
         """Ends the engine and every process of it."""
         ...

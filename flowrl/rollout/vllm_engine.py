@@ -189,7 +189,7 @@ class VLLMEngine:
         for file in self.weights_dir.iterdir():
             file.unlink()
         self._has_weights = True
-        arguments = (list(message.fields["check"]), message.fields["version"])
+        arguments = (list(message.fields["check"]), message.fields["lap"])
         workers = self.llm.collective_rpc("flowrl_read_back", args=arguments)
         return Message("loaded", {"reports": [report for reports in workers for report in reports]})
 

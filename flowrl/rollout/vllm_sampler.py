@@ -75,7 +75,9 @@ class VLLMSampler:
         self.restarts = 0
         self.compared = 0  # tensors whose checksums were compared at the last transfer
         self.eos_ids = eos_ids(model_dir, tokenizer)
-        self._expected = _tensor_names(model_dir)
+        self._expected = _tensors(model_dir)
+        self._transfers = 0  # that were compared: whose turn it is at the next one
+        self._closing = False
         self._sent: list[tuple[str, Tensor]] | None = None  # kept where a restart needs it
         self._asleep: frozenset[str] = frozenset()
         self._broadcast: Broadcast | None = None
@@ -84,6 +86,11 @@ class VLLMSampler:
 
     def close(self) -> None:
         self.host.close()
+
+    def interrupt(self) -> None:
+        """Ends the engine, so that a call in another thread fails soon, and for good."""
+        self._closing = True
+        self.host.interrupt()
 
     def _start(self) -> EngineHost:
         """In the memory that the trainer is done with."""
@@ -171,21 +178,18 @@ class VLLMSampler:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         """Raises WeightSyncError if what the engine holds afterwards is not what was sent."""
         cast = ((name, t.detach().to(self.dtype).contiguous()) for name, t in weights)
-        if self.options.restarts:  # a copy: the policy trains on
-            self._sent = [(name, t.cpu().clone() if _is_shared(t) else t.cpu()) for name, t in cast]
+        weights = cast
+        if self.options.restarts:  # a copy: the policy trains on, and a restart sends it again
+            weights = self._sent = [
+                (name, t.cpu().clone() if _is_shared(t) else t.cpu()) for name, t in cast
+            ]
         self.policy_version = policy_version
-        sent = self._sent
-        if sent is not None:  # a restart begins the transfer again
-            self._retried(lambda: self._transfer(sent), "weights", resend=False)
-            return
-        try:
-            self._transfer(cast)
-        except EngineError as error:  # without restarts
-            self._restart(error, "weights")
+        self._retried(lambda: self._transfer(weights), "weights", resend=False)
 
     def _transfer(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """All tensors in buckets within one limit, then the comparison."""
-        version, deadline = self.policy_version, time.monotonic() + self.options.sync_timeout_s
+        deadline = time.monotonic() + self.options.sync_timeout_s
+        lap, chosen = self._turn()
 
         def call(message: Message) -> Message:
             return self.host.call(message, max(0.0, deadline - time.monotonic()))
@@ -194,7 +198,16 @@ class VLLMSampler:
         call(Message("begin_weights"))
         names: set[str] = set()
         to_check: dict[str, Tensor] = {}
-        buckets = self._buckets(weights, names, to_check)
+
+        def noted() -> Iterator[list[tuple[str, Tensor]]]:
+            for bucket in _buckets(weights, self.options.bucket_bytes):
+                for name, tensor in bucket:
+                    names.add(name)
+                    if tensor.ndim < 2 or name in chosen:
+                        to_check[name] = sampled(tensor, lap).cpu()
+                yield bucket
+
+        buckets = noted()
         if self.options.transport == "broadcast":
             self._send_by_broadcast(buckets, call)
         elif self.options.transport == "ipc":
@@ -207,22 +220,17 @@ class VLLMSampler:
             for bucket in buckets:
                 call(_file_message(bucket))
         self._check_names(names)
-        reply = call(Message("end_weights", {"check": list(to_check), "version": version}))
-        self.compared = compare(to_check, reply.fields["reports"], version)
+        reply = call(Message("end_weights", {"check": list(to_check), "lap": lap}))
+        self.compared = compare(to_check, reply.fields["reports"], self.policy_version)
+        self._transfers += 1
 
-    def _buckets(
-        self, weights: Iterable[tuple[str, Tensor]], names: set[str], to_check: dict[str, Tensor]
-    ) -> Iterator[list[tuple[str, Tensor]]]:
-        """The weights in buckets; their names, and what is compared of them, are noted on the
-        way."""
-        stride = max(1, -(-len(self._expected) // self.options.checked_tensors))
-        for bucket in _buckets(weights, self.options.bucket_bytes):
-            for name, tensor in bucket:
-                turn = (len(names) + self.policy_version) % stride == 0
-                if tensor.ndim < 2 or turn:  # small, or its turn
-                    to_check[name] = sampled(tensor, self.policy_version).cpu()
-                names.add(name)
-            yield bucket
+    def _turn(self) -> tuple[int, frozenset[str]]:
+        """The matrices that this transfer compares, at most `checked_tensors` of them, and how
+        often all of them have had their turn before it."""
+        matrices = sorted(name for name, dimensions in self._expected.items() if dimensions > 1)
+        turns = max(1, -(-len(matrices) // self.options.checked_tensors))
+        lap, turn = divmod(self._transfers, turns)
+        return lap, frozenset(matrices[turn::turns])
 
     def _send_by_broadcast(
         self, buckets: Iterator[list[tuple[str, Tensor]]], call: Callable[[Message], Message]
@@ -241,8 +249,8 @@ class VLLMSampler:
             raise
 
     def _check_names(self, names: set[str]) -> None:
-        missing = sorted(self._expected - names)
-        unknown = sorted(names - self._expected)
+        missing = sorted(self._expected.keys() - names)
+        unknown = sorted(names - self._expected.keys())
         if missing or unknown:
             what = f"{missing[0]} did not come" if missing else f"{unknown[0]} is not one of them"
             raise WeightSyncError(
@@ -255,16 +263,24 @@ class VLLMSampler:
     def _retried(self, action: Callable[[], Any], what: str, resend: bool = True) -> Any:
         """The action's result; a dead engine is replaced, and the weights that it had sent again,
         as often as rollout.restart allows."""
+        is_lost = False
         while True:
             try:
+                if is_lost:
+                    self.host = self._start()
+                    self._asleep, self._broadcast = frozenset(), None
+                    if resend and self._sent is not None:
+                        self._transfer(self._sent)
                 return action()
             except EngineError as error:
-                self._restart(error, what)
-                if resend and self._sent is not None:
-                    self._transfer(self._sent)
+                self._count_restart(error, what)
+                is_lost = True
 
-    def _restart(self, error: EngineError, what: str) -> None:
+    def _count_restart(self, error: EngineError, what: str) -> None:
+        """Raises EngineError where no restart is left."""
         self.host.close()
+        if self._closing:
+            raise error
         if self.restarts >= self.options.restarts:
             limit = self.options.restarts
             allowed = f"all {limit} restarts are used" if limit else "rollout.restart is 0"
@@ -275,20 +291,19 @@ class VLLMSampler:
             f"({self.restarts} of {self.options.restarts})",
             file=sys.stderr,
         )
-        self.host = self._start()
-        self._asleep, self._broadcast = frozenset(), None
 
 
-def _tensor_names(model_dir: Path) -> frozenset[str]:
-    """Names of the model's weights, a tied head left out."""
-    names: set[str] = set()
+def _tensors(model_dir: Path) -> dict[str, int]:
+    """Names of the model's weights, a tied head left out, and how many dimensions each has."""
+    found: dict[str, int] = {}
     for file in model_dir.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
-            names |= set(tensors.keys())
-    require(bool(names), f"{model_dir} has no *.safetensors; export the model with flowrl export")
+            for name in tensors.keys():  # noqa: SIM118 (no mapping)
+                found[name] = len(tensors.get_slice(name).get_shape())
+    require(bool(found), f"{model_dir} has no *.safetensors; export the model with flowrl export")
     if read_json(model_dir / "config.json").get("tie_word_embeddings"):
-        names.discard("lm_head.weight")
-    return frozenset(names)
+        found.pop("lm_head.weight", None)
+    return found
 
 
 def _is_shared(tensor: Tensor) -> bool:

@@ -42,11 +42,11 @@ class WorkerExtension:
         """Loads the weights that the trainer broadcasts."""
         self.reload_weights(weights_iterator=self._flowrl_group.receive())
 
-    def flowrl_read_back(self, names: Sequence[str], version: int) -> list[dict[str, Any]]:
+    def flowrl_read_back(self, names: Sequence[str], lap: int) -> list[dict[str, Any]]:
         """Reports of what this worker holds of the named Hugging Face tensors. A tensor that it
         holds in another form (quantised, merged experts) has none."""
         model, dtype = self.model_runner.get_model(), self.model_runner.model_config.dtype
-        return [asdict(r) for name in names for r in _read_back(model, name, version, dtype)]
+        return [asdict(r) for name in names for r in _read_back(model, name, lap, dtype)]
 
 
 def watch_parent(act: Any, interval_s: float = 0.5) -> None:
@@ -62,7 +62,7 @@ def watch_parent(act: Any, interval_s: float = 0.5) -> None:
 
 
 @torch.inference_mode()
-def _read_back(model: nn.Module, name: str, version: int, dtype: torch.dtype) -> Iterator[Report]:
+def _read_back(model: nn.Module, name: str, lap: int, dtype: torch.dtype) -> Iterator[Report]:
     module_name, _, kind = name.rpartition(".")
     place = _find(model, module_name)
     if place is None:
@@ -73,11 +73,11 @@ def _read_back(model: nn.Module, name: str, version: int, dtype: torch.dtype) ->
     if not rows:
         return
     if kind == "weight" and hasattr(module, "cpu_linear"):
-        yield _applied(module, name, version, (first, rows, row_start), dtype)
+        yield _applied(module, name, lap, (first, rows, row_start), dtype)
     if isinstance(parameter, Tensor) and parameter.numel() and parameter.is_floating_point():
         if parameter.dtype.itemsize < 2:  # quantised
             return
-        held, positions = _local_columns(module, parameter[first : first + rows], version)
+        held, positions = _local_columns(module, parameter[first : first + rows], lap)
         if positions is None or positions:
             held = held.to(dtype)  # some CPU kernels keep the bias wider
             yield Report(name, row_start, held.shape[0], positions, fingerprint(held))
@@ -123,13 +123,13 @@ def _rows(module: Any, part: int | None, parameter: Any) -> tuple[int, int, int]
 
 
 def _applied(
-    module: Any, name: str, version: int, rows: tuple[int, int, int], dtype: torch.dtype
+    module: Any, name: str, lap: int, rows: tuple[int, int, int], dtype: torch.dtype
 ) -> Report:
     """Columns of a packed weight, by applying the layer to unit vectors."""
     first, count, row_start = rows
     width = getattr(module, "input_size", None) or module.embedding_dim
     local = getattr(module, "input_size_per_partition", width)
-    chosen = columns(width, version)
+    chosen = columns(width, lap)
     start = getattr(module, "tp_rank", 0) * local if local != width else 0
     here = ((chosen >= start) & (chosen < start + local)).nonzero().squeeze(1)
     units = torch.zeros(here.numel(), local, dtype=dtype)
@@ -139,12 +139,12 @@ def _applied(
     return Report(name, row_start, count, positions, fingerprint(values))
 
 
-def _local_columns(module: Any, held: Tensor, version: int) -> tuple[Tensor, list[int] | None]:
+def _local_columns(module: Any, held: Tensor, lap: int) -> tuple[Tensor, list[int] | None]:
     """The sampled columns of what this worker holds, and which of the sampled ones they are."""
     width = getattr(module, "input_size", None)
     if held.ndim != 2 or width is None or held.shape[1] == width:
-        return sampled(held, version), None
+        return sampled(held, lap), None
     start = module.tp_rank * held.shape[1]
-    chosen = columns(width, version)
+    chosen = columns(width, lap)
     here = ((chosen >= start) & (chosen < start + held.shape[1])).nonzero().squeeze(1)
     return held[:, (chosen[here] - start).to(held.device)], here.tolist()

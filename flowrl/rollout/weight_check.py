@@ -18,7 +18,7 @@ from flowrl.rollout.engine_protocol import WeightSyncError
 from flowrl.weights import checksum
 
 ALL_COLUMNS = 256  # matrices up to this width are compared whole
-SOME_COLUMNS = 64  # of wider ones, others at each version
+SOME_COLUMNS = 64  # of wider ones, others each time that it is their turn
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,18 @@ class Report:
     checksum: int
 
 
-def columns(width: int, version: int) -> Tensor:
-    """The columns that are compared at this version, ascending."""
+def columns(width: int, lap: int) -> Tensor:
+    """The columns that are compared once all matrices have had `lap` turns, ascending."""
     if width <= ALL_COLUMNS:
         return torch.arange(width)
-    return ((torch.arange(SOME_COLUMNS) * width // SOME_COLUMNS + version) % width).sort().values
+    return ((torch.arange(SOME_COLUMNS) * width // SOME_COLUMNS + lap) % width).sort().values
 
 
-def sampled(tensor: Tensor, version: int) -> Tensor:
+def sampled(tensor: Tensor, lap: int) -> Tensor:
     """The part of a tensor that is compared: (rows, columns) of a matrix, else (n, 1)."""
     if tensor.ndim != 2:
         return tensor.reshape(-1, 1)
-    return tensor[:, columns(tensor.shape[1], version).to(tensor.device)]
+    return tensor[:, columns(tensor.shape[1], lap).to(tensor.device)]
 
 
 def fingerprint(values: Tensor) -> int:

@@ -14,7 +14,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from flowrl.config import Config
+from flowrl.config import Config, TaskConfig
+from flowrl.overrides import as_arguments
 from flowrl.schema import ConfigError, build, nearest, read_toml, require
 from flowrl.settings import RECIPES_DIR, load, merge
 
@@ -175,6 +176,10 @@ def _run(study: Study, out: Path, world: str, arm: str, point: dict[str, Any], s
         config = load(recipe, settings)
     except ConfigError as error:
         raise ConfigError(f"arm {name} in world {world}: {error}") from error
+    require(
+        config.eval.num_prompts > 0,
+        f"arm {name} in world {world}: a study compares evaluations, got eval.num_prompts=0; set it",
+    )
     arguments = ("train", recipe, *as_arguments(settings))
     return Run(world, arm, point, seed, directory, config, arguments)
 
@@ -184,25 +189,6 @@ def nested(option: str, value: Any) -> dict[str, Any]:
     for part in reversed(option.split(".")):
         value = {part: value}
     return value
-
-
-def as_arguments(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Nested settings as command-line arguments that give the same config."""
-    found: list[str] = []
-    for key, value in settings.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            inner = "" if key == "options" else f"{key}."
-            found += as_arguments(value, f"{prefix}{inner}")
-        elif isinstance(value, list | tuple):
-            found += [f"--{name}", *map(_text, value)]
-        else:
-            found += [f"--{name}", _text(value)]
-    return found
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _check_same_start(runs: Sequence[Run]) -> None:
@@ -216,8 +202,14 @@ def _check_same_start(runs: Sequence[Run]) -> None:
                     f"{getattr(first, name)!r} for {runs[0].arm} and {getattr(other, name)!r} for "
                     f"{run.arm}; set it in [worlds.{run.world}.settings.{section}]",
                 )
+        first, other = runs[0].config.task, run.config.task
         require(
-            runs[0].config.task.name == run.config.task.name,
-            f"all arms of a world have one task, got {runs[0].config.task.name} for {runs[0].arm} "
-            f"and {run.config.task.name} for {run.arm}; make it a world of its own",
+            first == other,
+            f"all arms of a world have one task, got {_told(first)} for {runs[0].arm} and "
+            f"{_told(other)} for {run.arm}; make it a world of its own",
         )
+
+
+def _told(task: TaskConfig) -> str:
+    options = ", ".join(f"{name}={value}" for name, value in task.options.items())
+    return f"{task.name} ({options})" if options else task.name

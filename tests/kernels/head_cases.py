@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from flowrl_kernels import backends, linear_logprobs
@@ -72,6 +73,11 @@ def combine(outputs: dict[str, Tensor]) -> Tensor:
         factors = torch.randn(x.shape, generator=generator, dtype=torch.float64)
         total = total + (x.double().cpu() * factors).sum()
     return total
+
+
+def leave_ranks() -> NoReturn:
+    """Ends a rank that has written its results (see flowrl.parallel.leave)."""
+    os._exit(0)
 
 
 class Watch(TorchDispatchMode):

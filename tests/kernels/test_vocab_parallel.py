@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from flowrl_kernels import Rows, linear_logprobs, linear_policy_loss
-from head_cases import Case, backends_for, combine, make_case
+from head_cases import Case, backends_for, combine, leave_ranks, make_case
 from numerics import assert_within_budget
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -83,7 +83,7 @@ def run_rank(rank: int, folder: str) -> None:
             )
         )
     torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    leave_ranks()
 
 
 def test_two_ranks_equal_one(tmp_path: Path):

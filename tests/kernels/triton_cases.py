@@ -35,6 +35,12 @@ def case_here(num_rows: int, vocab: int, dim: int = 16, **options) -> Case:
     return Case(case.hidden.to(DEVICE), case.weight.to(DEVICE), case.targets.to(DEVICE))
 
 
+def exact_products(case: Case) -> Case:
+    """The case in sixteenths: no float32 sum of products rounds, in whatever order it is taken. The
+    interpreter multiplies with numpy, whose order depends on the processor and on a row's place."""
+    return Case((case.hidden * 16).round() / 16, (case.weight * 16).round() / 16, case.targets)
+
+
 def judge(
     case: Case,
     dtype: torch.dtype,

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from flowrl_kernels import Rows, linear_logprobs, linear_policy_loss
-from head_cases import Case, combine
+from head_cases import Case, combine, leave_ranks
 from numerics import assert_within_budget
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -66,7 +66,7 @@ def run_rank(rank: int, world: int, folder: str, backend: str, dtype: torch.dtyp
         options = {"vocab_start": share.start, "vocab_size": V, "backend": backend}
         results.append(evaluate(local, dist.group.WORLD, **options))
     torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    leave_ranks()
 
 
 def judge_ranks(folder: Path, world: int, backend: str, dtype: torch.dtype) -> None:

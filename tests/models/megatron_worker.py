@@ -179,8 +179,9 @@ def main(folder: Path, wanted: Path, out: Path) -> None:
         report[case.name] = {name: max(one[name] for one in every) for name in mine}
         if everyone.is_main:
             out.write_text(json.dumps(report))
-        everyone.barrier()
+        everyone.gather_all(None)  # all are done with the case
         parallel.stop()
+    parallel.leave(0)
 
 
 if __name__ == "__main__":

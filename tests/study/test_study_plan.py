@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flowrl import objectives
-from flowrl.overrides import split_overrides
+from flowrl.overrides import as_arguments, split_overrides
 from flowrl.schema import ConfigError
 from flowrl.settings import load
 from flowrl.study.plan import plan_runs, read_study, study_names
@@ -79,6 +79,20 @@ def test_commands_of_lists_and_switches_give_the_same_config(tmp_path):
     assert run.config.run.loggers == ("tensorboard",)
 
 
+def test_options_of_any_kind_survive_the_command_line():
+    """The command line knows no types of options: a text that looks like a number needs quotes."""
+    options = {"sizes": [1, 2], "level": "1", "names": ["a", "true"], "flag": False, "word": "x y"}
+    settings = {"seed": 3, "task": {"name": "mine", "options": options, "size": 1e-6}}
+    words = shlex.split(shlex.join(as_arguments({**settings, "run": {"loggers": ["wandb"]}})))
+    rest, overrides = split_overrides(words)
+    assert rest == []
+    assert overrides == {
+        "seed": 3,
+        "task": {"name": "mine", **options, "size": 1e-6},
+        "run": {"loggers": ["wandb"]},
+    }
+
+
 def test_the_laptop_study_is_large_enough():
     study = read_study("laptop")
     assert set(study.worlds) == {"toy_tree", "modular"}
@@ -99,6 +113,8 @@ def test_the_laptop_study_is_large_enough():
         (("= [1.0, 4.0]", "= []"), "must be a list of values"),
         (("objective = { name = \"grpo\" }", "base = { hidden_size = 32 }"), "from one model"),
         (("objective = { name = \"grpo\" }", "task = { name = \"modular\" }"), "have one task"),
+        (("objective = { name = \"grpo\" }", "task = { depth = 3 }"), "toy_tree (depth=3)"),
+        (("objective = { name = \"grpo\" }", "eval = { num_prompts = 0 }"), "eval.num_prompts=0"),
         (("[arms.grpo]", "[controls]\ntemperature_arms=['tbb']\n[arms.grpo]"), "did you mean tb?"),
     ],
 )  # fmt: skip
