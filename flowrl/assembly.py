@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,9 +17,9 @@ from flowrl import objectives
 from flowrl.config import Config, LogZConfig, ValueHeadConfig
 from flowrl.data.prompts import encode_prompts
 from flowrl.experience import Experience
-from flowrl.loop_config import LoopConfig, with_defaults
+from flowrl.loop_config import OFF, LoopConfig, with_defaults
 from flowrl.model_shape import read_shape
-from flowrl.models import Backend, base_model, hf_files
+from flowrl.models import Backend, base_model, hf_files, natural_gradient
 from flowrl.models.megatron_cpu_shim import silence_megatron
 from flowrl.objectives.base import Objective
 from flowrl.parallel import Parallel
@@ -69,8 +70,14 @@ def resolve(config: Config) -> tuple[Config, Objective]:
             f"{config.batch.group_size}; set batch.group_size=8"
         )
     _check_steps(config, objective)
+    region = objective.trust_region
+    if region and region.method == "conjugate_gradient" and config.model.backend == "megatron":
+        raise ConfigError(
+            "the natural gradient is for small models on the hf backend, got objective.method="
+            "conjugate_gradient with model.backend=megatron; set objective.method=line_search"
+        )
     beta = config.eval.target_beta or objective.beta or DEFAULT_TARGET_BETA
-    available = backends.available(_device_type(config))
+    available = backends.available(device(config).type)
     if config.kernels.backend not in ("auto", *available):
         raise ConfigError(
             f"kernels.backend={config.kernels.backend} cannot run here"
@@ -97,8 +104,12 @@ def _check_steps(config: Config, objective: Objective) -> None:
         ("rollout.temperature", 1.0, config.rollout.temperature),
         ("rollout.old_logprobs", "trainer", config.rollout.old_logprobs),
         ("eval.top_p", 1.0, config.eval.top_p),
+        *(
+            (f"loop.{name}", OFF[name], getattr(config.loop, name))
+            for name in ("overlong_buffer", "truncated_reward", "mask_truncated")
+        ),
     ):
-        if given != wanted:
+        if given not in (wanted, None):
             raise ConfigError(
                 f"objective {objective.name} draws legal actions and needs {name}={wanted}, got "
                 f"{given}; set {name}={wanted}"
@@ -161,12 +172,14 @@ def kernel_backend(config: Config) -> str:
     """Name of the backend that the fused head will use."""
     if config.kernels.backend != "auto":
         return config.kernels.backend
-    call = backends.Call(torch.device(_device_type(config)), getattr(torch, config.model.dtype))
+    call = backends.Call(device(config), getattr(torch, config.model.dtype))
     return backends.resolve("linear_policy_loss", None, call).backend
 
 
-def _device_type(config: Config) -> str:
-    return "cuda" if config.model.device != "cpu" and torch.cuda.is_available() else "cpu"
+def device(config: Config) -> torch.device:
+    """Where this process computes."""
+    is_cuda = config.model.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if is_cuda else "cpu")
 
 
 def model_dir(
@@ -227,10 +240,12 @@ def build_backend(
     config: Config, objective: Objective, parallel: Parallel, say: Callable[[str], None]
 ) -> Backend:
     """The backend alone, for what needs no sampler. `config` is a resolved one."""
-    task = None
-    if not config.model.path:  # the base model is found by what its task makes of it
-        task = build_task(config.task.name, config.task.options, config.reward.timeout_s)
-    directory = model_dir(config, task, parallel, say)
+    with ExitStack() as opened:
+        task = None
+        if not config.model.path:  # the base model is found by what its task makes of it
+            task = build_task(config.task.name, config.task.options, config.reward.timeout_s)
+            opened.callback(task.close)
+        directory = model_dir(config, task, parallel, say)
     return _backend(config, directory, objective, parallel)
 
 
@@ -239,12 +254,20 @@ def _backend(config: Config, directory: Path, objective: Objective, parallel: Pa
     if config.model.backend == "hf":
         from flowrl.models.hf_backend import HFBackend
 
-        return HFBackend(config, directory, objective.needs, parallel)
+        backend = HFBackend(config, directory, objective.needs, parallel)
+        check_step(objective, sum(p.numel() for p in backend.model.parameters()))
+        return backend
     check_megatron()
     silence_megatron()
     from flowrl.models.megatron_backend import MegatronBackend
 
     return MegatronBackend(config, directory, objective.needs, parallel)
+
+
+def check_step(objective: Objective, num_parameters: int) -> None:
+    """Raises ConfigError where the objective's way to move is not for a model of this size."""
+    if objective.trust_region and objective.trust_region.method == "conjugate_gradient":
+        natural_gradient.check_size(num_parameters)
 
 
 def check_megatron() -> None:
@@ -318,23 +341,23 @@ def _step_task(task: Task) -> StepTask:
 def assemble(config: Config, parallel: Parallel, say: Callable[[str], None]) -> Parts:
     """All parts of a run. `config` is a resolved one."""
     _, objective = resolve(config)
-    task = build_task(config.task.name, config.task.options, config.reward.timeout_s)
-    if objective.policy == "legal_actions":
-        _step_task(task)
-    directory = model_dir(config, task, parallel, say)
-    tokenizer = hf_files.load_tokenizer(directory)
-    check_prompts(config, task, directory, tokenizer)
-    backend = _backend(config, directory, objective, parallel)
+    with ExitStack() as opened:  # closed again where a later part cannot be had
+        task = build_task(config.task.name, config.task.options, config.reward.timeout_s)
+        opened.callback(task.close)
+        if objective.policy == "legal_actions":
+            _step_task(task)
+        directory = model_dir(config, task, parallel, say)
+        tokenizer = hf_files.load_tokenizer(directory)
+        check_prompts(config, task, directory, tokenizer)
+        backend = _backend(config, directory, objective, parallel)
 
-    def sampler_of_one() -> Sampler:
-        return _build_sampler(config, objective, task, directory, tokenizer, parallel)
+        def sampler_of_one() -> Sampler:
+            return _build_sampler(config, objective, task, directory, tokenizer, parallel)
 
-    sampler = _sampler(sampler_of_one, config.rollout, parallel)
+        sampler = _sampler(sampler_of_one, config.rollout, parallel)
+        opened.callback(sampler.close)
+        sampler.load_weights(backend.named_weights(), backend.policy_version)
+        opened.pop_all()
     if parallel.model_size > 1:
         task = cast(Task, ReplicaTask(task, parallel))
-    try:
-        sampler.load_weights(backend.named_weights(), backend.policy_version)
-    except BaseException:
-        sampler.close()  # it may be a process of its own
-        raise
     return Parts(task, objective, directory, tokenizer, sampler, backend)

@@ -110,24 +110,13 @@ class Trainer:
             actions=experience.expansion.actions if experience.expansion else None,
         )
 
-    @property
-    def needs_old_pass(self) -> bool:
-        """On-policy the old policy is the current one, and its pass may be skipped (DESIGN). With
-        the sampler's log-probs as old ones it only measures the mismatch."""
-        return (
-            self.config.batch.updates_per_step > 1
-            or self.objective.coupling == "group"
-            or bool(self.objective.needs & {"old_pass", "values"})
-            or self.config.rollout.correction != "none"
-        )
-
     def _add_logprobs(
         self, packed: PackedBatch, batch: LossBatch
     ) -> tuple[LossBatch, Tensor | None]:
         """The batch with old and reference log-probs, and the trainer's own before the first update
         (T,), None where the first update's loss will tell them."""
         own = None
-        if self.needs_old_pass:
+        if needs_old_pass(self.config, self.objective):
             scores = self._scores(packed, entropy=True)
             own = scores.logprobs
             batch = batch.replace(entropy=scores.entropy, old_values=scores.values)
@@ -305,6 +294,18 @@ class Trainer:
         self.collector.load(state["collector"], directory)
         self.objective.load_state(state["objective"])
         self.sampler.load_weights(self.backend.named_weights(), self.backend.policy_version)
+
+
+def needs_old_pass(config: Config, objective: Objective) -> bool:
+    """Whether a step begins with a pass for the log-probs before its first update. On-policy the
+    old policy is the current one, and the first update's own pass gives the same numbers. With the
+    sampler's log-probs as old ones it only measures the mismatch."""
+    return (
+        config.batch.updates_per_step > 1
+        or objective.coupling == "group"
+        or bool(objective.needs & {"old_pass", "values"})
+        or config.rollout.correction != "none"
+    )
 
 
 def check_layout(config: Config, parallel: Parallel) -> None:

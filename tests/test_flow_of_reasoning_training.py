@@ -204,6 +204,8 @@ REFUSED = [
     ({"objective": {"ll_weight": 1.5}}, "set eval.exact_prompts=0"),
     ({"rollout": {"temperature": 0.7}}, "needs rollout.temperature=1.0"),
     ({"eval": {"top_p": 0.9}}, "needs eval.top_p=1.0"),
+    ({"loop": {"truncated_reward": 0.0}}, "needs loop.truncated_reward=1.0"),
+    ({"loop": {"mask_truncated": True}}, "needs loop.mask_truncated=False"),
     ({"objective": {"name": "vargrad"}}, "draws tokens, not legal actions"),
     ({"steps": {"epsilon_start": 2.0}}, "steps.epsilon_start must be in"),
 ]

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from flowrl import objectives
 from flowrl.assembly import resolve
 from flowrl.commands.train import Plateau
 from flowrl.config import ConfigError
@@ -12,7 +13,7 @@ from flowrl.experience import shaped_rewards
 from flowrl.loop_config import OFF, LoopConfig, with_defaults
 from flowrl.records import Prompt, Rollout, Score
 from flowrl.replay import Group, ReplayBuffer
-from flowrl.settings import load
+from flowrl.settings import load, merge
 
 
 def group(index, rewards):
@@ -47,6 +48,18 @@ def test_unset_fields_take_the_objectives_defaults_then_off():
 def test_a_setting_without_effect_is_refused(loop, message):
     with pytest.raises(ConfigError, match=message):
         with_defaults(loop, {}, "x")
+
+
+@pytest.mark.parametrize("name", objectives.names())
+def test_a_resolved_config_stays_as_it_is(name):
+    """Also where the user switches off what the objective has on: a resume resolves again."""
+    base = {"objective": {"name": name}, "rollout": {"old_logprobs": "rollout"}}
+    if name == "flow_of_reasoning":
+        base |= {"rollout": {"old_logprobs": "trainer"}, "eval": {"top_p": 1.0, "exact_prompts": 0}}
+    defaults = objectives.build(name, {}).loop_defaults
+    for off in ({}, *({key: OFF[key]} for key in defaults)):
+        once = resolve(load("countdown_cpu", merge(base, {"loop": off})))[0]
+        assert resolve(once)[0] == once, off
 
 
 def test_an_objectives_unknown_default_names_the_nearest():

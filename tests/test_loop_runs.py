@@ -98,6 +98,20 @@ def test_replay_mixes_in_groups_of_earlier_steps(run):
     assert len(second - first) == 2
 
 
+def test_the_speed_of_sampling_counts_what_was_sampled(run):
+    """With replay that is less than what the step trained on, with dynamic sampling more."""
+    ratios = {}
+    for name in ("replay", "dynamic"):
+        run_dir, _ = run(name)
+        lines = (run_dir / "timing.jsonl").read_text().splitlines()
+        rows = [row for row in map(json.loads, lines) if row["kind"] == "train"][1:]
+        generated = sum(r["perf/gen_tokens_per_s"] * r["timing_s/generate"] for r in rows)
+        trained = sum(r["perf/train_tokens_per_s"] * r["timing_s/train"] for r in rows)
+        ratios[name] = generated / trained
+    assert ratios["replay"] < 0.9
+    assert ratios["dynamic"] > 1.1
+
+
 def test_a_reset_makes_the_reference_the_policy(run):
     _, rows = run("reset")
     kl = {row["step"]: row["actor/kl_ref"] for row in steps(rows)}
@@ -159,6 +173,8 @@ def test_a_step_of_truncated_responses_alone_changes_nothing(tiny, base_dir, tmp
         "loop": {"mask_truncated": True},
         "trainer": {"steps": 1},
     }
-    row = steps(train(tiny, tmp_path / "run", world))[0]
-    assert row["response_length/truncated"] == 1.0
-    assert (row["actor/loss"], row["actor/grad_norm"]) == (0.0, 0.0)
+    for name, more in (("run", {}), ("corrected", {"rollout": {"correction": "tis"}})):
+        row = steps(train(tiny, tmp_path / name, merge(world, more)))[0]
+        assert row["response_length/truncated"] == 1.0
+        assert (row["actor/loss"], row["actor/grad_norm"]) == (0.0, 0.0)
+        assert row.get("mismatch/correction_dropped", 0.0) == 0.0

@@ -172,6 +172,15 @@ def test_a_run_without_a_valid_checkpoint_keeps_what_it_has(
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
 
+def test_a_run_without_checkpoints_starts_over(tiny, straight, tmp_path):
+    """With checkpoint.every = 0 none was due before the end, so there is nothing to lose."""
+    run_dir = tmp_path / "run"
+    args = command(tiny, run_dir, "--checkpoint.every", "0")
+    kill_after(args, run_dir, 3)
+    finish(command(tiny, run_dir, "--resume"))
+    assert (run_dir / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+
+
 def test_a_run_killed_before_its_report_gets_it(tiny, straight, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(straight, run_dir)

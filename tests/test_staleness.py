@@ -173,3 +173,17 @@ def test_an_error_of_the_sampler_reaches_the_step():
     with pytest.raises(ConfigError, match="broken"):
         sampler.sample(request(1))
     sampler.close()
+
+
+def test_what_nobody_will_train_on_is_not_waited_for():
+    class Slow(Gate):
+        def interrupt(self):
+            self.events.append("interrupt")
+            self.open.set()
+
+    gate = Slow()
+    sampler = AheadSampler(gate, torch.device("cpu"))
+    sampler.prefetch(request(1))
+    sampler.close()  # an error has ended the run
+    assert gate.events[0] == "interrupt"
+    assert gate.events[-1] == "close"

@@ -14,13 +14,13 @@ from rich.table import Table
 from flowrl import assembly, parallel
 from flowrl.config import Config
 from flowrl.loggers import check_loggers
-from flowrl.model_shape import check_split, read_shape
+from flowrl.model_shape import ModelShape, check_fp8, check_split, read_shape
 from flowrl.models import base_model, hf_files
 from flowrl.models.liger_layers import check_liger
 from flowrl.parallel import Parallel
 from flowrl.rollout.model_limits import check_length, eos_ids
 from flowrl.rollout.replay_sampler import ReplaySampler
-from flowrl.rollout.vllm_start import check_vllm
+from flowrl.rollout.vllm_start import check_device, check_vllm
 from flowrl.run_dir import check_free, check_writable
 from flowrl.schema import ConfigError
 from flowrl.settings import to_toml
@@ -60,6 +60,7 @@ def run(config: Config) -> None:
         console.print("memory: flowrl plan, with the same settings", highlight=False)
     else:
         size = base_model.model_size(config.model.path, config.base, task.alphabet or "")
+        assembly.check_step(objective, size.parameters)
         console.print(_memory_table(config, size, objective.needs))
     console.print(f"kernels: {assembly.kernel_backend(config)}", highlight=False)
     check_free(config.run_dir)
@@ -73,11 +74,12 @@ def _missing_here(config: Config) -> list[str]:
     checks: list[Callable[[], object]] = [lambda: check_loggers(config.run.loggers)]
     checks.append(lambda: parallel.check_device(config.model.device))
     if config.model.liger:
-        device = "cuda" if torch.cuda.is_available() and config.model.device != "cpu" else "cpu"
-        checks.append(lambda: check_liger(torch.device(device)))
+        checks.append(lambda: check_liger(assembly.device(config)))
     if config.model.backend == "megatron":
-        checks.append(assembly.check_megatron)
+        checks.append(lambda: _check_megatron(config))
     if config.rollout.engine == "vllm":
+        if not is_elsewhere(config):
+            checks.append(lambda: check_device(config.rollout, assembly.device(config)))
         checks.append(lambda: check_vllm(config.rollout))
     if config.rollout.engine == "replay":
         checks.append(lambda: ReplaySampler(Path(config.rollout.replay_dir)))
@@ -87,6 +89,14 @@ def _missing_here(config: Config) -> list[str]:
         except ConfigError as error:
             found.append(str(error))
     return found
+
+
+def _check_megatron(config: Config) -> None:
+    assembly.check_megatron()
+    if config.model.fp8 != "off":
+        from flowrl.models.megatron_layers import check_transformer_engine
+
+        check_transformer_engine()
 
 
 def _check_prompts(config: Config, task: Task) -> None:
@@ -118,7 +128,7 @@ def check_model(config: Config, task: Task) -> None:
         if config.rollout.engine == "vllm":
             lengths = config.rollout.max_prompt_tokens, config.rollout.max_new_tokens
             check_length(shape.max_positions, *lengths)
-        return check_split(shape, config.parallel)
+        return _check_split(config, shape)
     if not config.model.path and task.alphabet is None:
         raise ConfigError(
             f"task {task.name} has no base model of its own; give one with --model.path DIR"
@@ -127,7 +137,13 @@ def check_model(config: Config, task: Task) -> None:
         hf_files.check_model_dir(path)
         assembly.check_shape(config, path)
         if megatron:
-            check_split(read_shape(path), config.parallel)
+            _check_split(config, read_shape(path))
+
+
+def _check_split(config: Config, shape: ModelShape) -> None:
+    check_split(shape, config.parallel)
+    if config.model.fp8 != "off":
+        check_fp8(shape, config.parallel, config.model.fp8_recipe)
 
 
 def _batch_table(config: Config, world_size: int, num_problems: tuple[int, int]) -> Table:
@@ -162,8 +178,7 @@ def _memory_table(config: Config, size: base_model.ModelSize, needs: frozenset[s
     blocks = config.log_z.layers * (hidden * hidden + 3 * hidden) + hidden + 1
     head = blocks * ("log_z" in needs) + (hidden + 1) * ("values" in needs)
     rows = 16 * config.batch.tokens_per_microbatch * size.vocabulary
-    device = "cuda" if torch.cuda.is_available() and config.model.device != "cpu" else "cpu"
-    limit = config.kernels.max_logits_mb << 20 or DEFAULT_LOGITS_BYTES[device]
+    limit = config.kernels.max_logits_mb << 20 or DEFAULT_LOGITS_BYTES[assembly.device(config).type]
     table = _table("memory per rank, without activations")
     parts = {
         f"policy, {size.parameters:,} parameters: weights, gradients, moments (float32)": (

@@ -26,7 +26,7 @@ from flowrl.plan import (
     remedies,
 )
 from flowrl.schema import ConfigError, nearest, require
-from flowrl.trainer import check_layout
+from flowrl.trainer import check_layout, needs_old_pass
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def run(config: Config, machine: Machine) -> None:
         prompt_tokens=config.rollout.max_prompt_tokens // 8,
         needs=objective.needs,
         log_z_parameters=blocks + hidden + 1 if "log_z" in objective.needs else 0,
-        old_pass=config.batch.updates_per_step > 1 or objective.coupling == "group",
+        old_pass=needs_old_pass(config, objective),
     )
     show(config, shape, given, make_plan(config, shape, given), Console(soft_wrap=True))
 

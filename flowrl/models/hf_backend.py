@@ -7,6 +7,7 @@ off: a log-prob must be that of the policy that was sampled.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,7 @@ from flowrl.models.natural_gradient import natural_gradient
 from flowrl.models.value_head import ValueHead
 from flowrl.objectives.base import Objective, TrustRegion
 from flowrl.parallel import Parallel
-from flowrl.records import PackedBatch
+from flowrl.records import IGNORE_INDEX, PackedBatch
 from flowrl.schema import ConfigError
 
 REDUCE_BUCKET_BYTES = 64 << 20  # gradients are summed over ranks in buckets of this size
@@ -176,7 +177,7 @@ class HFBackend:
             natural_gradient(
                 dict(self.model.named_parameters()),
                 lambda batch: self._logits(self.model, batch),
-                [m.packed.to(self.parallel.device) for m in microbatches],
+                [_counted(m).to(self.parallel.device) for m in microbatches],
                 region,
                 self.parallel,
             )
@@ -186,8 +187,7 @@ class HFBackend:
     def _step(self, before: Callable[[], None]) -> UpdateInfo:
         options = self.config.optimizer
         self._reduce_gradients()
-        grads = [p.grad for p in self.params.values() if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
+        norm = nn.utils.get_total_norm([p.grad for p in self.params.values()])
         finite = bool(torch.isfinite(norm))
         scale = min(1.0, (self._num_updates + 1) / max(1, options.warmup_updates))
         for group in self.optimizer.param_groups:
@@ -219,13 +219,17 @@ class HFBackend:
         self.optimizer.state.clear()
 
     def _reduce_gradients(self) -> None:
+        """Over ranks. What the loss did not touch has a gradient of zero, on one rank as on many:
+        its moments and weights decay."""
+        for param in self.params.values():
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
         if self.parallel.world_size == 1:
             return
         bucket: list[Tensor] = []
         size = 0
         for param in self.params.values():
-            if param.grad is None:
-                param.grad = torch.zeros_like(param)
+            assert param.grad is not None
             bucket.append(param.grad)
             size += param.grad.nbytes
             if size >= REDUCE_BUCKET_BYTES:
@@ -354,6 +358,13 @@ class HFBackend:
                 param.data.copy_(kept[f"reference.{name}"])
         self.policy_version = counters["policy_version"]
         self._num_updates = counters["num_updates"]
+
+
+def _counted(microbatch: Microbatch) -> PackedBatch:
+    """The sequences without the tokens that take no part in the loss."""
+    packed = microbatch.packed
+    targets = torch.where(microbatch.loss.mask, packed.targets, IGNORE_INDEX)
+    return dataclasses.replace(packed, targets=targets)
 
 
 def _prefixed(prefix: str, module: nn.Module | None) -> dict[str, nn.Parameter]:

@@ -31,12 +31,7 @@ def natural_gradient(
 ) -> None:
     """Moves `params` by the step above for the gradients that they hold (summed over ranks), and
     clears those gradients. Raises ConfigError for a model that is too large."""
-    size = sum(p.numel() for p in params.values())
-    if size > MAX_PARAMETERS:
-        raise ConfigError(
-            f"conjugate gradients are for at most {MAX_PARAMETERS:,} parameters, this model has "
-            f"{size:,}; set objective.method=line_search or penalty"
-        )
+    check_size(sum(p.numel() for p in params.values()))
     fisher = Fisher(list(params.values()), logits, batches, parallel)
     gradient = fisher.flat([p.grad for p in params.values()])
     direction = conjugate_gradient(
@@ -47,6 +42,15 @@ def natural_gradient(
         fisher.add(direction, -((2 * region.max_kl / curvature) ** 0.5))
     for param in params.values():
         param.grad = None
+
+
+def check_size(num_parameters: int) -> None:
+    """Raises ConfigError for a model that is too large for conjugate gradients."""
+    if num_parameters > MAX_PARAMETERS:
+        raise ConfigError(
+            f"conjugate gradients are for at most {MAX_PARAMETERS:,} parameters, this model has "
+            f"{num_parameters:,}; set objective.method=line_search or penalty"
+        )
 
 
 def conjugate_gradient(

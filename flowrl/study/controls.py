@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -86,10 +87,10 @@ def _answers(config: Config) -> tuple[Evaluator, list[Answers]]:
     """Every exact prompt of the run's evaluation. Raises ConfigError for a task without tables."""
     ranks = parallel.start(config.model.device)
     parts = assembly.assemble(config, ranks, print)
-    evaluator = Evaluator(config, parts.task, parts.tokenizer, ranks)
-    prompts = evaluator.problems[: config.eval.exact_prompts]
-    found = [evaluator.tabulator.answers(prompt, parts.backend) for prompt in prompts]
-    parts.close()
+    with closing(parts):
+        evaluator = Evaluator(config, parts.task, parts.tokenizer, ranks)
+        prompts = evaluator.problems[: config.eval.exact_prompts]
+        found = [evaluator.tabulator.answers(prompt, parts.backend) for prompt in prompts]
     answers = [a for a in found if a is not None]
     if not answers:
         raise ConfigError(

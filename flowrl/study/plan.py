@@ -178,7 +178,8 @@ def _run(study: Study, out: Path, world: str, arm: str, point: dict[str, Any], s
         raise ConfigError(f"arm {name} in world {world}: {error}") from error
     require(
         config.eval.num_prompts > 0,
-        f"arm {name} in world {world}: a study compares evaluations, got eval.num_prompts=0; set it",
+        f"arm {name} in world {world}: a study compares evaluations, got "
+        "eval.num_prompts=0; set it",
     )
     arguments = ("train", recipe, *as_arguments(settings))
     return Run(world, arm, point, seed, directory, config, arguments)

@@ -46,6 +46,9 @@ def both(capsys, args, run_dir):
         (["--rollout.max_new_tokens", "1020", "--batch.tokens_per_microbatch", "2048"],
          "must fit the model's 1024 positions, got 7 + 1020"),
         (["--rollout.max_prompt_tokens", "3"], "the limit is 3"),
+        (["--objective.name", "trpo", "--objective.method", "conjugate_gradient",
+          "--model.backend", "megatron"], "set objective.method=line_search"),
+        (["--rollout.engine", "vllm", "--rollout.sleep", "true"], "rollout.sleep is for a GPU"),
     ],
 )  # fmt: skip
 def test_of_the_machine_and_the_lengths(capsys, tiny, base_dir, tmp_path, flags, message):

@@ -184,6 +184,18 @@ def test_first_update_moves_and_a_non_finite_gradient_does_not(tiny_config, base
     torch.testing.assert_close(backend.optimizer.state[param]["exp_avg"], moments, rtol=0, atol=0)
 
 
+def test_what_the_loss_did_not_touch_decays_as_it_does_on_several_ranks(tiny_config, base_dir):
+    backend = backend_of(changed(tiny_config, optimizer={"weight_decay": 0.1}), base_dir)
+    name, param = next((n, p) for n, p in backend.params.items() if p.ndim == 2)
+    for other in backend.params.values():
+        other.grad = torch.ones_like(other)
+    param.grad = None
+    before = param.detach().clone()
+    lr = backend.step().lr
+    torch.testing.assert_close(param.detach(), before * (1 - lr * 0.1), msg=name)
+    assert not torch.equal(param, before)
+
+
 def test_state_round_trip_is_exact(tiny_config, base_dir, tmp_path):
     def advance(backend, seed):
         generator = torch.Generator().manual_seed(seed)

@@ -8,7 +8,9 @@ import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 
 from flowrl.parallel import Parallel
 from flowrl.parallel_config import ParallelConfig
+from flowrl.rollout.engine_connection import EngineConnection
 from flowrl.rollout.engine_process import ServerProcess
 from flowrl.rollout.engine_protocol import (
     EngineError,
@@ -233,6 +236,9 @@ class Recorder:
     def log_tail(self):
         return ""
 
+    def interrupt(self):
+        pass
+
     def close(self):
         pass
 
@@ -342,3 +348,82 @@ def test_a_lost_engine_is_started_again_only_as_often_as_allowed(tmp_path, tiny_
     options = SyncOptions(1.0, 1.0, 1 << 20, 64, 2)
     with pytest.raises(EngineError, match="exit status 3"):
         VLLMSampler(tiny.path, tiny.tokenizer, torch.float32, start, options)
+
+
+class Mortal(Recorder):
+    """Dies at the operations in `fatal`, one of them each time."""
+
+    fatal: ClassVar[list[str]] = []
+
+    def call(self, message, limit_s):
+        if self.fatal and message.op == self.fatal[0]:
+            self.fatal.pop(0)
+            raise EngineError(f"died during {message.op}")
+        return super().call(message, limit_s)
+
+
+@pytest.mark.parametrize("restarts", [2, 1])
+def test_an_engine_may_die_again_while_it_gets_its_weights_back(
+    tiny_model, make_request, monkeypatch, restarts
+):
+    tiny, engines = tiny_model("qwen3"), []
+    options = SyncOptions(1.0, 1.0, 1 << 20, 64, restarts)
+
+    def start():
+        engines.append(Mortal())
+        return engines[-1]
+
+    sampler = VLLMSampler(tiny.path, tiny.tokenizer, torch.float32, start, options)
+    sampler.load_weights(weights_of(tiny), 1)
+    monkeypatch.setattr(Mortal, "fatal", ["generate", "end_weights"])
+    if restarts == 1:
+        with pytest.raises(EngineError, match="died during end_weights; all 1 restarts are used"):
+            sampler.sample(make_request(tiny.prompts(["1+1="])))
+        return
+    sampler.sample(make_request(tiny.prompts(["1+1="])))
+    assert len(engines) == 3
+    assert engines[-1].held.keys() == dict(weights_of(tiny)).keys()
+
+
+def test_an_interrupted_engine_is_not_started_again(tmp_path, tiny_model, make_request):
+    tiny, engines = tiny_model("qwen3"), []
+    options = SyncOptions(1.0, 1.0, 1 << 20, 64, restarts=5)
+
+    class Silent(Recorder):
+        """Answers nothing until it is interrupted."""
+
+        ended = threading.Event()
+
+        def call(self, message, limit_s):
+            if message.op == "generate":
+                assert self.ended.wait(20)
+                raise EngineError("gone")
+            return super().call(message, limit_s)
+
+        def interrupt(self):
+            self.ended.set()
+
+    def start():
+        engines.append(Silent())
+        return engines[-1]
+
+    sampler = VLLMSampler(tiny.path, tiny.tokenizer, torch.float32, start, options)
+    timer = threading.Timer(0.2, sampler.interrupt)
+    timer.start()
+    with pytest.raises(EngineError, match="gone"):
+        sampler.sample(make_request(tiny.prompts(["1+1="])))
+    assert len(engines) == 1
+
+
+def test_a_call_that_waits_ends_when_it_is_interrupted():
+    ours, theirs = socket.socketpair()
+    connection = EngineConnection(ours)
+    connection.end = ours.close
+    connection.name, connection.log_path = "engine", Path("no.log")
+    connection.how_it_ended = lambda: "interrupted"
+    connection.log_tail = lambda: ""
+    threading.Timer(0.2, connection.interrupt).start()
+    began = time.monotonic()
+    with theirs, pytest.raises(EngineError, match="died during generate"):
+        connection.call(Message("generate"), 60.0)
+    assert time.monotonic() - began < 10

@@ -136,7 +136,7 @@ class Faulty:
     def __init__(self, host, name, change):
         self.host, self.changed, self.change = host, name, change
         self.name, self.log_tail, self.close = host.name, host.log_tail, host.close
-        self.trainer_address = host.trainer_address
+        self.interrupt, self.trainer_address = host.interrupt, host.trainer_address
 
     def call(self, message, limit_s):
         if message.op == "weights" and self.changed in message.arrays:
