@@ -4,6 +4,7 @@ Adam divides each gradient by its own size, so an entry that is rounding noise m
 learning rate in an arbitrary direction; an epsilon far above that noise keeps it still."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -18,7 +19,10 @@ from flowrl.settings import merge
 STEPS = 3
 
 
-def train(tiny, run_dir, *launcher):
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def train(tiny, run_dir, *launcher, objective=("--objective.log_z", "learned")):
     settings = merge(
         tiny,
         {
@@ -27,7 +31,7 @@ def train(tiny, run_dir, *launcher):
             "optimizer": {"lr": 1e-4, "eps": 1e-3},
         },
     )
-    args = [*launcher, "-m", "flowrl", "train", *as_args(settings), "--objective.log_z", "learned"]
+    args = [*launcher, "-m", "flowrl", "train", *as_args(settings), *objective]
     done = subprocess.run(args, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -36,21 +40,17 @@ def train(tiny, run_dir, *launcher):
 @pytest.fixture(scope="module")
 def runs(tiny, base_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
     one = train(tiny, folder / "one", sys.executable)
-    two = train(tiny, folder / "two", *torchrun)
+    two = train(tiny, folder / "two", *TORCHRUN)
     return folder, one, two
 
 
 def test_losses_gradients_and_samples_are_those_of_one_process(runs):
     _, one, two = runs
+    assert_same(one, two)
+
+
+def assert_same(one, two):
     assert [row["step"] for row in one] == [row["step"] for row in two]
     for expected, found in zip(one, two, strict=True):
         assert expected.keys() == found.keys()
@@ -76,13 +76,38 @@ def test_the_batchs_logprobs_are_those_of_one_process(runs):
             )
 
 
+def test_a_rank_may_have_nothing_to_sample(tiny, base_dir, tmp_path):
+    """Of four prompts three are replayed: the fresh one is rank 0's."""
+    replay = ["--objective.name", "vargrad", "--loop.replay_fraction", "0.75"]
+    one = train(tiny, tmp_path / "one", sys.executable, objective=replay)
+    two = train(tiny, tmp_path / "two", *TORCHRUN, objective=replay)
+    assert [row["reward/replayed_frac"] for row in two if row["kind"] == "train"] == [0, 0.75, 0.75]
+    assert_same(one, two)
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--version", 0), ("nonsense", 2)])
+def test_a_rank_ends_without_the_interpreters_end(argument, code):
+    """Where gloo's threads may still ask for the interpreter."""
+    program = (
+        "import atexit, sys; atexit.register(print, 'tidied up')\n"
+        "sys.argv = ['flowrl', sys.argv[1]]; from flowrl.__main__ import run; run()"
+    )
+    for ranks, tidied in (("1", True), ("2", False)):
+        done = subprocess.run(
+            [sys.executable, "-c", program, argument],
+            env={**os.environ, "WORLD_SIZE": ranks}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == code
+        assert ("tidied up" in done.stdout) == tidied
+        assert len(done.stdout + done.stderr) > 5
+
+
 def test_every_rank_ends_with_the_error_of_one(runs, tiny):
     """Rank 0 alone looks at the run directory; the others must not wait for it."""
     folder, _, _ = runs
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     args = as_args(merge(tiny, {"run": {"dir": str(folder / "one")}}))
     done = subprocess.run(
-        [*torchrun, "2", "-m", "flowrl", "train", *args],
+        [*TORCHRUN, "-m", "flowrl", "train", *args],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode != 0
