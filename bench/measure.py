@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flowrl_kernels.checks import statistics_dtype
 from flowrl_kernels.head.chunks import DEFAULT_LOGITS_BYTES
 from flowrl_kernels.head.products import is_mixed
 from torch import Tensor
@@ -33,16 +32,20 @@ class Timing:
     p80_ms: float
 
 
-def interleaved(steps: Mapping[str, Step], repeats: int, device: torch.device) -> dict[str, Timing]:
-    """`repeats` rounds, each with one call of every step: a slow spell hits all of them alike."""
+def interleaved(
+    steps: Mapping[str, Step], repeats: int, device: torch.device, calls: int = 1
+) -> dict[str, Timing]:
+    """`repeats` rounds of every step: a slow spell hits all of them alike. Each time the mean of
+    `calls` that are queued together, where a kernel is shorter than what it takes to launch it."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
             synchronize(device)
             start = time.perf_counter()
-            step()
+            for _ in range(calls):
+                step()
             synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append((time.perf_counter() - start) / calls)
     return {name: _timing(values) for name, values in seconds.items()}
 
 
@@ -92,7 +95,8 @@ def _resident(field: str) -> int:
 
 
 def bare_products(problem: Problem, backward: bool) -> Step:
-    """The products alone, in chunks of the size that the torch backend takes: what 100% is.
+    """The products alone, in as few chunks as a backend that stores logits could take: what 100%
+    is.
 
     In the operands' own dtype; on a CPU low precision is raised to float32 first, as there."""
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
@@ -100,7 +104,7 @@ def bare_products(problem: Problem, backward: bool) -> Step:
     mixed = is_mixed(hidden.dtype, device)
     if not mixed:
         hidden, weight = hidden.float(), weight.float()
-    row_bytes = vocab * (statistics_dtype(hidden.dtype).itemsize + 2 * mixed)
+    row_bytes = vocab * hidden.element_size()
     rows = min(max(DEFAULT_LOGITS_BYTES[device.type] // row_bytes, 1), hidden.shape[0])
     pieces = -(-hidden.shape[0] // rows)
     cuts = [hidden.shape[0] * i // pieces for i in range(pieces + 1)]

@@ -108,11 +108,10 @@ def run(
         if not wanted(name, options.providers):
             continue
         row = Row(name, provider.limits)
-        step = attempt(row, provider, options.benchmark, backward, problem, truth)
         rows.append(row)
+        step = attempt(row, provider, options.benchmark, backward, problem, truth)
         if step is not None:
             steps[name] = step
-            row.extra_bytes = measure.extra_bytes(step, device)
     del truth
     steps[GEMM]()
     timings = measure.interleaved(steps, options.repeats, device)
@@ -137,6 +136,7 @@ def attempt(
     try:
         step = provider.step(benchmark, backward, problem)
         found = step()
+        row.extra_bytes = measure.extra_bytes(step, problem.hidden.device)
     except Unavailable as reason:
         row.skipped = str(reason)
         return None

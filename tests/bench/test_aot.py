@@ -43,6 +43,13 @@ def test_every_kernel_is_compiled():
     assert kernels == {variant.kernel.__name__ for variant in VARIANTS}
 
 
+def test_no_kernel_of_rows_is_compiled_for_some_numbers_of_them():
+    """The compiler would lay out rows that 16 divides in another way, and sum them in another
+    order: a row's log-prob would depend on how many others there are."""
+    for kernel in (v.kernel for v in VARIANTS if "num_rows" in v.kernel.arg_names):
+        assert [p.name for p in kernel.params if p.do_not_specialize] == ["num_rows"]
+
+
 def test_the_gate_sees_what_it_is_for():
     """Negative controls: a tile too large for the registers, and float32 without wgmma."""
     forward = next(v for v in VARIANTS if v.name == "head_fwd qwen2.5-7b bf16")
