@@ -7,7 +7,6 @@ A checkpoint has its name only when it is whole. One whose hashes do not fit is 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from flowrl.files import sha256
 from flowrl.parallel import Parallel
 
 MANIFEST = "manifest.json"
@@ -104,7 +104,7 @@ def _files(path: Path) -> dict[str, Path]:
 
 
 def _describe(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
 def _attempt(action: Callable[[], None]) -> str | None:
@@ -142,8 +142,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

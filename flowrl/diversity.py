@@ -42,14 +42,6 @@ def expected_coverage(masses: Sequence[float], num_samples: int) -> float:
     return float(np.mean(1.0 - (1.0 - q) ** num_samples))
 
 
-def threshold_coverage(
-    masses: Sequence[float], target_masses: Sequence[float], share: float
-) -> float:
-    """Share of the modes with q_m >= share * p_m."""
-    q, p = np.asarray(masses), np.asarray(target_masses)
-    return float(np.mean(q >= share * p))
-
-
 def effective_modes(masses: Sequence[float], order: float = 1.0) -> float:
     """exp(H(q | right)): the Hill number of the modes' masses given a right answer. Order 1 is
     exp of the entropy, order 2 is 1 / sum q^2. 0 where no answer is right.
@@ -124,6 +116,11 @@ def creativity(found: Mapping[Method, Set[Hashable]]) -> dict[Method, float]:
         method: sum(owners[s] == 1 for s in solutions) / len(everything) if everything else 0.0
         for method, solutions in found.items()
     }
+
+
+def approach(correct: bool, solution: str | None, text: str) -> tuple[str, str]:
+    """A response's class for `judge_score`: a right answer's solution, a wrong one's text."""
+    return ("right", solution) if correct and solution else ("wrong", text)
 
 
 def judge_score(classes: Sequence[Hashable]) -> int:

@@ -166,12 +166,11 @@ class Evaluator:
 
     @staticmethod
     def _judge_scores(scores: Sequence[Score], rollouts: Sequence[Rollout], n: int) -> list[int]:
-        """Per problem, of its first 16 samples; none with fewer. A right answer's class is its
-        solution, a wrong one's its text."""
+        """Per problem, of its first 16 samples; none with fewer."""
         if n < diversity.JUDGED_RESPONSES:
             return []
         classes = [
-            ("right", s.solution) if s.correct and s.solution else ("wrong", r.text)
+            diversity.approach(s.correct, s.solution, r.text)
             for s, r in zip(scores, rollouts, strict=True)
         ]
         return [

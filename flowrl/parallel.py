@@ -5,9 +5,12 @@
 Without torchrun there is one process and every collective returns its argument.
 
 A replica is the processes that hold one copy of the policy: one, or with Megatron
-tensor * pipeline. `rank`, `world_size`, `all_reduce`, `gather` and `share` are about replicas, so a
-trainer need not know how many processes each has: all processes of a replica see the same data
-and get the same results.
+tensor * pipeline. A trainer need not know how many: all processes of a replica see the same data
+and get the same results. Who takes part:
+
+    replicas                       rank, world_size, share, all_reduce, gather, gather_to_main
+    the processes of one replica   model_rank, model_size, once, model_barrier
+    all processes                  num_processes, is_main, gather_all, broadcast, agree
 """
 
 from __future__ import annotations

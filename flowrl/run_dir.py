@@ -23,6 +23,7 @@ import flowrl
 from flowrl import checkpoint, run_lock
 from flowrl.config import Config
 from flowrl.evaluation import Evaluation
+from flowrl.files import write_whole
 from flowrl.metrics import JsonLines
 from flowrl.models import Backend
 from flowrl.parallel import Parallel
@@ -70,9 +71,9 @@ class RunDir:
             if parallel.is_main:
                 config.run_dir.mkdir(parents=True, exist_ok=True)
                 # First, and whole: without it a directory is no run.
-                _write_whole(config.run_dir / "config.toml", to_toml(config))
+                write_whole(config.run_dir / "config.toml", to_toml(config))
                 text = json.dumps(environment, indent=1) + "\n"
-                _write_whole(config.run_dir / "env.json", text)
+                write_whole(config.run_dir / "env.json", text)
 
         parallel.agree(write)
         return parallel.agree(lambda: cls(config.run_dir, parallel))
@@ -88,7 +89,7 @@ class RunDir:
             if self.parallel.is_main:
                 self.metrics.write({"kind": "train", "step": step, **result.metrics})
                 self.timing.write({"kind": "train", "step": step, **timing})
-                _write_whole(self.path / "samples" / f"step_{step:06d}.jsonl", "".join(lines))
+                write_whole(self.path / "samples" / f"step_{step:06d}.jsonl", "".join(lines))
 
         self.parallel.agree(write)
 
@@ -100,7 +101,7 @@ class RunDir:
             return
         self.metrics.write({"kind": "eval", "step": step, **evaluation.metrics})
         path = self.path / "evals" / f"step_{step:06d}.json"
-        path.write_text(json.dumps(evaluation.detail))
+        write_whole(path, json.dumps(evaluation.detail))
         samples = [
             _sample_row(step, rollout, score, full=False)
             for rollout, score in zip(evaluation.rollouts, evaluation.scores, strict=True)
@@ -279,15 +280,8 @@ def _sample_row(step: int, rollout: Rollout, score: Score, *, full: bool) -> dic
 
 
 def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    _write_whole(path, "".join(map(_line, rows)))
+    write_whole(path, "".join(map(_line, rows)))
 
 
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row) + "\n"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Written aside and renamed: a reader never sees half a file."""
-    aside = path.with_suffix(".partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.rename(path)

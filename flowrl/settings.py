@@ -102,6 +102,17 @@ def to_mapping(config: Config) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
 def _named_options(section: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """{name, vargrad = {...}, options = {...}, beta} -> {name, options}: the chosen name's table,
     then `options`, then the flat keys, later ones first in rank."""

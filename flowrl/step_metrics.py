@@ -38,21 +38,21 @@ def summarize(
     experience: Experience,
     batch: LossBatch,
     parts: Sequence[Part],
-    trainer_logprobs: Tensor | None,
+    before: Tensor | None,
     *,
     names_solutions: bool,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Metrics of all ranks, and this rank's rows (N,) by name: what the objective measured.
 
-    `trainer_logprobs` (T,) are those before the first update; None where the update has them."""
+    `before` (T,) are the log-probs before any update; None where the first update has them."""
     outputs = [part.output for part in parts if part.output is not None]
     rows = {name: torch.cat([o.metrics[name] for o in outputs]) for name in outputs[0].metrics}
-    if trainer_logprobs is None:
-        trainer_logprobs = torch.cat([o.logprobs for o in outputs])
+    if before is None:
+        before = torch.cat([o.logprobs for o in outputs])
     entropy = batch.entropy
     if entropy is None:
         entropy = torch.cat([o.entropy for o in outputs if o.entropy is not None])
-    batch = batch.replace(logprobs=trainer_logprobs, entropy=entropy)
+    batch = batch.replace(logprobs=before, entropy=entropy)
     whole = _gathered(parallel, experience.sequence_scores, batch, rows)
     answers = whole if experience.expansion is None else _gathered_answers(parallel, experience)
     metrics = measure.reward_metrics(answers["reward"], config.batch.group_size)

@@ -73,17 +73,17 @@ class Trainer:
         packed = pack(experience.sequences)
         batch = self._loss_batch(experience, packed, number)
         with self.watch("logprob"):
-            batch, trainer_logprobs = self._add_logprobs(packed, batch)
+            batch, before = self._add_logprobs(packed, batch)
         batch = self.objective.prepare(batch, self.parallel.all_reduce)
         parts = self._split(packed, batch, experience)
         with self.watch("train"):
             for index, part in enumerate(parts):
-                self._add_group_log_z(part, trainer_logprobs if index == 0 else None)
+                self._add_group_log_z(part, before if index == 0 else None)
                 self._update(part)
         with self.watch("sync"):
             self.sampler.load_weights(self.backend.named_weights(), self.backend.policy_version)
         self._reset_reference(number)
-        return self._summary(experience, batch, parts, trainer_logprobs)
+        return self._summary(experience, batch, parts, before)
 
     # --- before the update
 
@@ -113,21 +113,21 @@ class Trainer:
     def _add_logprobs(
         self, packed: PackedBatch, batch: LossBatch
     ) -> tuple[LossBatch, Tensor | None]:
-        """The batch with old and reference log-probs, and the trainer's own before the first update
-        (T,), None where the first update's loss will tell them."""
-        own = None
+        """The batch with old and reference log-probs, and the policy's own (T,) before any update:
+        None where no pass is made for them, since the first update's pass gives the same."""
+        before = None
         if needs_old_pass(self.config, self.objective):
             scores = self._scores(packed, entropy=True)
-            own = scores.logprobs
+            before = scores.logprobs
             batch = batch.replace(entropy=scores.entropy, old_values=scores.values)
         use_rollout = self.config.rollout.old_logprobs == "rollout"
-        batch = batch.replace(old_logprobs=batch.rollout_logprobs if use_rollout else own)
-        if own is not None:
-            batch = corrected(batch, own, self.config.rollout)
+        batch = batch.replace(old_logprobs=batch.rollout_logprobs if use_rollout else before)
+        if before is not None:
+            batch = corrected(batch, before, self.config.rollout)
         if "ref" in self.objective.needs:
             reference = self._scores(packed, reference=True)
             batch = batch.replace(ref_logprobs=reference.logprobs)
-        return batch, own
+        return batch, before
 
     def _scores(
         self, packed: PackedBatch, *, reference: bool = False, entropy: bool = False
@@ -162,15 +162,15 @@ class Trainer:
             parts.append(Part(mine, packed.select(indices), loss.replace(totals=totals)))
         return parts
 
-    def _add_group_log_z(self, part: Part, step_logprobs: Tensor | None) -> None:
+    def _add_group_log_z(self, part: Part, before: Tensor | None) -> None:
         """The group's statistic at the current policy. Until the first update that is the policy of
-        `step_logprobs` (all T of the step, of which the first part's come first)."""
+        `before` (all T of the step, of which the first part's come first)."""
         if self.objective.coupling != "group":
             return
-        if step_logprobs is None:
+        if before is None:
             current = self._scores(part.packed).logprobs
         else:
-            current = step_logprobs[: int(part.loss.cu_seqlens[-1])]
+            current = before[: int(part.loss.cu_seqlens[-1])]
         batch = part.loss.replace(logprobs=current).to(self.parallel.device)
         part.loss = part.loss.replace(group_log_z=self.objective.group_statistic(batch).cpu())
 
@@ -262,10 +262,10 @@ class Trainer:
         experience: Experience,
         batch: LossBatch,
         parts: Sequence[Part],
-        trainer_logprobs: Tensor | None,
+        before: Tensor | None,
     ) -> StepResult:
         metrics, rows = summarize(
-            self.config, self.parallel, self.objective, experience, batch, parts, trainer_logprobs,
+            self.config, self.parallel, self.objective, experience, batch, parts, before,
             names_solutions=names_solutions(self.collector.task),
         )  # fmt: skip
         if experience.expansion:

@@ -30,10 +30,6 @@ def test_expected_coverage_is_what_sampling_finds():
     assert diversity.expected_coverage(masses, 16) == pytest.approx(hit, abs=0.005)
 
 
-def test_threshold_coverage_by_hand():
-    assert diversity.threshold_coverage([0.5, 0.04, 0.1], [0.4, 0.4, 0.2], 0.5) == 2 / 3
-
-
 def test_effective_modes_by_hand():
     assert diversity.effective_modes([0.2, 0.2, 0.0]) == pytest.approx(2.0)
     assert diversity.effective_modes([0.3, 0.1]) == pytest.approx(

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from chat_model import make_chat_model
 
-from flowrl.checkpoint import _describe
 from flowrl.cli import main
 from flowrl.commands.train import resumed_config
 from flowrl.schema import ConfigError
@@ -172,23 +171,6 @@ def test_what_a_run_reads_may_not_change(moved, capsys):
     assert "task.eval aime, which is gone now, is not what this run began with" in message
     renamed.rename(elsewhere / "aime.jsonl")
     main(resume(run_dir, *places))
-
-
-def test_a_run_that_did_not_write_down_what_it_read(moved, capsys):
-    """Made by a version before: its places stay."""
-    run_dir, elsewhere, places = moved
-    checkpoint = run_dir / "checkpoints/step_000001"
-    state = json.loads((checkpoint / "trainer.json").read_text())
-    del state["inputs"]
-    (checkpoint / "trainer.json").write_text(json.dumps(state))
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["trainer.json"] = _describe(checkpoint / "trainer.json")
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    message = refused(capsys, *resume(run_dir, *places))
-    assert "this run's checkpoints do not say what was in it; leave model.path as it was" in message
-    for name in ("train.jsonl", "aime.jsonl", "minerva.jsonl", "model"):
-        (elsewhere / name).rename(elsewhere.parent / name)
-    main(resume(run_dir))
 
 
 def test_options_of_a_task_of_ones_own_are_no_places():

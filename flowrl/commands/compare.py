@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from flowrl import assembly, parallel
+from flowrl.files import write_whole
 from flowrl.option_tables import check_tables
 from flowrl.report.study_page import write_study_page
 from flowrl.run_dir import make_directory
@@ -111,7 +112,7 @@ def _write(
     folder = out / study.name
     files = sorted(folder.glob("*/controls/*.json"))
     results = collect(study, runs, told, files)
-    _write_whole(folder / "study.json", json.dumps(results, indent=1) + "\n")
+    write_whole(folder / "study.json", json.dumps(results, indent=1) + "\n")
     page = write_study_page(results, folder / "study.html")
     done = sum(row["status"] == "done" for row in results["runs"])
     console.print(f"{done} of {len(runs)} runs are in {folder / 'study.json'}", markup=False)
@@ -128,9 +129,3 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path} is not there; run the study first, or give its --out DIR")
     return json.loads(path.read_text())
-
-
-def _write_whole(path: Path, text: str) -> None:
-    aside = path.with_suffix(".partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)

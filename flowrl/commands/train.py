@@ -26,7 +26,7 @@ from flowrl.run_inputs import checked_hashes
 from flowrl.run_lock import RunLock
 from flowrl.run_reader import read_run
 from flowrl.schema import ConfigError
-from flowrl.settings import from_mapping, merge, to_mapping
+from flowrl.settings import flat, from_mapping, merge, to_mapping
 from flowrl.staleness import AheadCollector
 from flowrl.trainer import NonFiniteLossError, StepResult, Trainer, TrainingError, check_layout
 
@@ -106,11 +106,13 @@ def _check_nothing_is_lost(run_path: Path, recorded: Config) -> None:
 def resumed_config(recorded: Config, overrides: Mapping[str, Any]) -> Config:
     """The recorded config with the overrides that a resume may make; others raise ConfigError."""
     wanted = from_mapping(merge(to_mapping(recorded), overrides))
-    for name, old, new in _differences(to_mapping(recorded), to_mapping(wanted)):
-        if name not in (MAY_CHANGE | PROBLEMS if recorded.task.name == "jsonl" else MAY_CHANGE):
+    old, new = flat(to_mapping(recorded)), flat(to_mapping(wanted))
+    may_change = MAY_CHANGE | PROBLEMS if recorded.task.name == "jsonl" else MAY_CHANGE
+    for name in {**old, **new}:
+        if old.get(name) != new.get(name) and name not in may_change:
             raise ConfigError(
-                f"{name} is {old!r} in this run and cannot become {new!r} on resume; "
-                "leave it out, or start a new run with --run.dir DIR"
+                f"{name} is {old.get(name)!r} in this run and cannot become {new.get(name)!r} on "
+                "resume; leave it out, or start a new run with --run.dir DIR"
             )
     return wanted
 
@@ -331,17 +333,3 @@ class Plateau:
 
 def _due(number: int, every: int) -> bool:
     return every > 0 and number % every == 0
-
-
-def _differences(
-    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
-) -> list[tuple[str, Any, Any]]:
-    """(dotted name, old value, new value) of every setting that differs."""
-    found = []
-    for name in {**old, **new}:
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += _differences(before, after, f"{prefix}{name}.")
-        elif before != after:
-            found.append((prefix + name, before, after))
-    return found

@@ -25,7 +25,7 @@ from flowrl.models import LossOutput, Microbatch, TokenScores, UpdateInfo
 from flowrl.models import packed_attention as attention
 from flowrl.models.head_objective import chunk_objective
 from flowrl.models.hf_export import export_hf
-from flowrl.models.hf_files import fingerprint
+from flowrl.models.hf_files import check_start, fingerprint
 from flowrl.models.hf_forward import check_forward, load_model, packed_hidden, probe
 from flowrl.models.liger_layers import check_liger, use_liger
 from flowrl.models.log_z import LogZHead, dropout_keys
@@ -330,11 +330,7 @@ class HFBackend:
         """Raises ConfigError if the starting model, which is the reference, has changed, or if the
         parameters differ."""
         counters = json.loads((directory / "backend.json").read_text())
-        if counters["start_model"] != fingerprint(self.model_dir):
-            raise ConfigError(
-                f"the starting model at {self.model_dir} is not the one that this run began with, "
-                "and it is the reference policy; put it back or start a new run"
-            )
+        check_start(counters["start_model"], self.model_dir)
         state = load_file(directory / "state.safetensors", device=str(self.parallel.device))
         names = {key.removeprefix("param.") for key in state if key.startswith("param.")}
         if names != set(self.params):

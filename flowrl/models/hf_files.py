@@ -127,6 +127,15 @@ def load_causal_lm(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
     return model.to(device).eval()
 
 
+def check_start(recorded: str, path: Path) -> None:
+    """Raises ConfigError where the model in `path` has another fingerprint than was recorded."""
+    if recorded != fingerprint(path):
+        raise ConfigError(
+            f"the starting model at {path} is not the one that this run began with, and it is the "
+            "reference policy; put it back or start a new run"
+        )
+
+
 def fingerprint(path: Path) -> str:
     """Hex hash of config.json and the weight files: names, sizes, and of each file the first, the
     last and 30 blocks of 1 MiB between, which is all of a small one and seconds of a large one."""

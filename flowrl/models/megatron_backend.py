@@ -24,7 +24,7 @@ from flowrl.models import LossOutput, Microbatch, TokenScores, UpdateInfo
 from flowrl.models import megatron_checkpoint as checkpoint
 from flowrl.models.head_objective import chunk_objective
 from flowrl.models.hf_export import export_hf
-from flowrl.models.hf_files import fingerprint
+from flowrl.models.hf_files import check_start, fingerprint
 from flowrl.models.log_z import dropout_keys
 from flowrl.models.megatron_cpu_shim import on_cpu
 from flowrl.models.megatron_optimizer import PolicyOptimizer
@@ -233,11 +233,7 @@ class MegatronBackend:
         """Reads a state of any layout. Raises ConfigError if the starting model, which is the
         reference, has changed, or if the parameters differ."""
         counters = json.loads((directory / COUNTERS).read_text())
-        if counters["start_model"] != fingerprint(self.model_dir):
-            raise ConfigError(
-                f"the starting model at {self.model_dir} is not the one that this run began with, "
-                "and it is the reference policy; put it back or start a new run"
-            )
+        check_start(counters["start_model"], self.model_dir)
         if counters["heads"] != self.heads:
             raise ConfigError(
                 f"{directory} has the heads {counters['heads']}, this run has {self.heads}: log_z "

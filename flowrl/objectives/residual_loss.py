@@ -89,14 +89,15 @@ def plain(
     counted = num_tokens > 0
     divisor = num_tokens.clamp(min=1) if settings.length_norm else 1.0
     moved = segment_sums(logprobs - old)  # since the old policy
-    start = segment_sums(old - anchor(settings, batch)) / divisor
-    start = log_z.double() + start - settings.beta * given(batch.advantages, "advantages").double()
-    gap = start
+    from_anchor = segment_sums(old - anchor(settings, batch)) / divisor
+    reward = settings.beta * given(batch.advantages, "advantages").double()
+    gap = log_z.double() + from_anchor - reward  # the residual at the old policy
+    clipped = gap
     if settings.gap_clip is not None:
         low, high = settings.gap_clip
-        gap = start.clamp(-low, high)
-    residual = torch.where(counted, gap + moved / divisor, 0.0)
-    z_estimate = torch.where(counted, log_z.double() - start - moved / divisor, log_z.double())
+        clipped = gap.clamp(-low, high)
+    residual = torch.where(counted, clipped + moved / divisor, 0.0)
+    z_estimate = torch.where(counted, log_z.double() - gap - moved / divisor, log_z.double())
     log_weight = moved.detach()
     weight = torch.where(counted, _bounded(log_weight, settings.weight_bound), 1.0)
     weight = weight * rollout_correction(batch).double()

@@ -8,9 +8,9 @@ curves.py and solutions.py say what; page.py and stylesheet.py lay it out.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from flowrl.files import write_whole
 from flowrl.run_reader import read_run
 
 
@@ -26,7 +26,5 @@ def write_report(run_dir: Path) -> Path:
         sections = [learning, diversity, solutions.section(run), *others]
     text = page.render(run, sections)
     path = run_dir / "report.html"
-    aside = path.with_suffix(f".{os.getpid()}.partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    write_whole(path, text)
     return path

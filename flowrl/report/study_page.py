@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from flowrl.files import write_whole
 from flowrl.report.stylesheet import CSS
 from flowrl.study.tables import (
     COLUMNS,
@@ -72,9 +72,7 @@ def write_study_page(results: Mapping[str, Any], path: Path) -> Path:
         f"<title>{escape(results['study'])} · flowrl study</title>\n"
         f"<style>{CSS}{STUDY_CSS}</style>\n</head>\n<body>\n{''.join(body)}</body>\n</html>\n"
     )
-    aside = path.with_suffix(f".{os.getpid()}.partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    write_whole(path, text)
     return path
 
 

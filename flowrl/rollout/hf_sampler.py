@@ -52,13 +52,12 @@ class HFSampler:
         self.device = device
         self.max_batch_sequences = max_batch_sequences
         self.policy_version = 0
-        self.weights_checksum: int | None = None  # of what the last load_weights brought
         self.eos_ids = eos_ids(model_dir, tokenizer)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         """Raises ValueError for names or shapes of another model, and for weights that do not
         arrive as they were sent."""
-        self.weights_checksum = copy_weights(self.model, weights)
+        copy_weights(self.model, weights)
         self.policy_version = policy_version
 
     def close(self) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flowrl import assembly
 from flowrl.commands import train
+from flowrl.files import write_whole
 from flowrl.run_dir import read_config
 from flowrl.run_reader import read_run
 from flowrl.schema import ConfigError
-from flowrl.settings import to_mapping
+from flowrl.settings import flat, to_mapping
 from flowrl.study import controls
 from flowrl.study.plan import Run, Study
 from flowrl.study.runner import as_command
@@ -45,7 +46,7 @@ def is_done(run: Run) -> bool:
     if not (run.directory / "config.toml").is_file():
         return False
     wanted = assembly.resolve(run.config)[0]
-    old, new = (_flat(to_mapping(c)) for c in (read_config(run.directory), wanted))
+    old, new = (flat(to_mapping(c)) for c in (read_config(run.directory), wanted))
     for name in sorted({*old, *new} - {"run.dir"}):
         if old.get(name) != new.get(name):
             raise ConfigError(
@@ -85,10 +86,8 @@ class ControlJob:
     def work(self) -> None:
         work = controls.temperature_points if self.needs_policy else controls.reference_points
         points = work(self.run, **self.options)
-        aside = self.path.with_suffix(".partial")
         told = {"options": _plain(self.options), "command": self.run.command, "points": points}
-        aside.write_text(json.dumps(told))
-        aside.rename(self.path)
+        write_whole(self.path, json.dumps(told))
 
 
 def control_jobs(study: Study, runs: Iterable[Run], out: Path) -> list[ControlJob]:
@@ -108,16 +107,6 @@ def control_jobs(study: Study, runs: Iterable[Run], out: Path) -> list[ControlJo
             given = {"temperatures": options.temperatures}
             jobs.append(ControlJob(run, path, given, True))
     return jobs
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def _plain(options: dict[str, tuple[float, ...]]) -> dict[str, Any]:

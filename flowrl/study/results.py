@@ -127,7 +127,10 @@ def _sampled(detail: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) ->
         values["distinct_2"] = [diversity.distinct_n(t, 2) for t in texts]
     judged = diversity.JUDGED_RESPONSES
     if all(len(t) >= judged for t in texts):
-        classes = [[row["solution"] or row["response"] for row in group] for group in held]
+        classes = [
+            [diversity.approach(r["correct"], r["solution"], r["response"]) for r in group]
+            for group in held
+        ]
         values["judge_score"] = [float(diversity.judge_score(c[:judged])) for c in classes]
     return values
 
