@@ -3,7 +3,10 @@
     max|fused - truth| <= 2 max|plain - truth| + 8 ulp of max|truth|
 
 over the whole tensor. `plain` is straightforward PyTorch at the precision of `fused`; the ulp is
-that of fused's dtype, since a result cannot be nearer than its own rounding.
+that of fused's dtype, since a result cannot be nearer than its own rounding. A float64 result is
+judged against a truth that rounds as often: against extended precision the definition was off by up
+to 7 ulp and the chunked form by up to 24, as the order goes in which a library sums on a processor.
+There 64 ulp are allowed, 1e-14 relative.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ def assert_within_budget(fused: Tensor, plain: Tensor, truth: Tensor, what: str)
     assert truth.dtype == torch.float64, f"{what}: the truth is float64, not {truth.dtype}"
     assert fused.shape == truth.shape, f"{what}: shape {fused.shape}, not {truth.shape}"
     largest = float(truth.abs().max()) if truth.numel() else 0.0
-    budget = 2 * max_error(plain, truth) + 8 * ulp(largest, fused.dtype)
+    own = 64 if fused.dtype == torch.float64 else 8
+    budget = 2 * max_error(plain, truth) + own * ulp(largest, fused.dtype)
     error = max_error(fused, truth)
     assert error <= budget, f"{what}: error {error:.3g}, budget {budget:.3g}, largest {largest:.3g}"

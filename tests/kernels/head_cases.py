@@ -87,6 +87,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.products = 0
         self.largest = 0
+        self.numels: dict[torch.dtype, int] = {}  # the largest of each dtype
 
     def __torch_dispatch__(self, func: Callable, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -95,4 +96,6 @@ class Watch(TorchDispatchMode):
         for tensor in result if isinstance(result, tuple | list) else [result]:
             if isinstance(tensor, Tensor):
                 self.largest = max(self.largest, tensor.numel())
+                known = self.numels.get(tensor.dtype, 0)
+                self.numels[tensor.dtype] = max(known, tensor.numel())
         return result

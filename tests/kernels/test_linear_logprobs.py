@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from flowrl_kernels import linear_logprobs
+from flowrl_kernels.head import Head, chunks
 from head_cases import FUSED, HEADS, Case, Watch, backends_for, make_case, outputs_and_gradients
 from numerics import assert_within_budget, max_error, ulp
 
@@ -18,7 +19,7 @@ def judge(case: Case, dtype: torch.dtype, backend: str | None = None, **options)
     plain = outputs_and_gradients(case, dtype, backend="reference", **options)
     truth = outputs_and_gradients(case, torch.float64, backend="reference", **options)
     for judged in [backend] if backend else backends_for(dtype):
-        fused = outputs_and_gradients(case, dtype, backend=judged, **CHUNK, **options)
+        fused = outputs_and_gradients(case, dtype, backend=judged, **{**CHUNK, **options})
         for name, value in fused.items():
             assert_within_budget(value, plain[name], truth[name], f"{judged} {name}")
         assert (fused["logprobs"] <= 0).all()
@@ -253,6 +254,37 @@ def test_chunks_change_nothing_and_repeats_are_bitwise(backend):
         assert max_error(whole[name], value) <= 32 * ulp(float(value.abs().max()), value.dtype), (
             name
         )
+
+
+@pytest.mark.parametrize(("limit", "pieces"), [(12_000, True), (60_000, False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_the_vocabulary(monkeypatch, dtype, limit, pieces):
+    """In backward: with all rows, or with some of them at a time."""
+    monkeypatch.setattr(chunks, "COLUMN_STEP", 32)
+    monkeypatch.setattr(chunks, "FEWEST_COLUMNS", 64)
+    case = make_case(80, 300, size=3, masked=0.2)
+    for backend in FUSED:
+        head = Head(case.weight.to(dtype), 300, 1.0, 0, None, entropy=True)
+        most, blocks = chunks.column_blocks(head, HEADS[backend](), limit, 64)
+        assert (most < 64) == pieces
+        assert len(blocks) > 1
+    case.targets = case.targets.clamp(max=289)
+    judge(case, dtype, max_logits_bytes=limit, temperature=0.7, vocab_size=290)
+
+
+def test_a_weights_gradient_needs_no_float32_sum():
+    """Of a vocabulary of several blocks. Control: in one block there is such a sum."""
+    case = make_case(32, 8 * chunks.FEWEST_COLUMNS, masked=0).to(torch.bfloat16)
+    largest = {}
+    for limit in (4 * 32 * chunks.FEWEST_COLUMNS, 1 << 30):
+        for backend in backends_for(torch.bfloat16):
+            with Watch() as watch:
+                outputs_and_gradients(case, torch.bfloat16, backend=backend, max_logits_bytes=limit)
+            largest[backend, limit] = watch.numels[torch.float32]
+    for (backend, limit), numel in largest.items():
+        if limit < 1 << 30:
+            assert numel < case.weight.numel() / 2, backend
+    assert largest["torch", 1 << 30] >= case.weight.numel()
 
 
 @pytest.mark.parametrize("backend", FUSED)

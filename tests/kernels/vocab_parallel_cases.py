@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from flowrl_kernels import Rows, linear_logprobs, linear_policy_loss
+from flowrl_kernels.head import chunks
 from head_cases import Case, combine, leave_ranks
 from numerics import assert_within_budget
 from torch import Tensor
@@ -49,6 +50,7 @@ def evaluate(case: Case, group: ProcessGroup | None, **options: Any) -> dict[str
 
 def run_rank(rank: int, world: int, folder: str, backend: str, dtype: torch.dtype) -> None:
     torch.set_num_threads(1)
+    chunks.COLUMN_STEP, chunks.FEWEST_COLUMNS = 16, 32  # several blocks in backward
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",

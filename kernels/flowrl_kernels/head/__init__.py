@@ -11,7 +11,7 @@ Legend: n rows of a chunk, D hidden, V_valid columns of this rank that are true 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -39,6 +39,12 @@ class Head:
     def dtype(self) -> torch.dtype:
         """Of logits, statistics and gradient sums."""
         return statistics_dtype(self.weight.dtype)
+
+    def columns(self, columns: slice) -> Head:
+        """The output layer of these columns of `weight` alone."""
+        weight = self.weight[columns]
+        start = self.vocab_start + columns.start
+        return replace(self, weight=weight, padded_columns=weight.shape[0], vocab_start=start)
 
     def own_targets(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Column of each target in this rank's weight (0 where another rank has it), and which

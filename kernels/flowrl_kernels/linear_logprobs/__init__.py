@@ -14,7 +14,7 @@ from torch import Tensor
 from flowrl_kernels import backends, checks, cuda_support, native_library, triton_support
 from flowrl_kernels.head import HeadKernels
 from flowrl_kernels.head.cuda_head import CudaHead
-from flowrl_kernels.head.native_kernels import NativeHead, logits_bytes
+from flowrl_kernels.head.native_kernels import NativeHead, block_bytes
 from flowrl_kernels.linear_logprobs import reference, torch_chunked
 from flowrl_kernels.linear_logprobs.contract import LinearLogprobs
 
@@ -55,10 +55,11 @@ def linear_logprobs(
     `vocab_start` on, all ranks give the same hidden, targets and options, all get the same result,
     and the gradient of hidden is summed over ranks.
 
-    The chunked backends hold at most `max_logits_bytes` of logits (default 256 MiB on a CPU, by
-    native code as in linear_policy_loss; 3 GiB on CUDA), store the log-sum-exp and make the logits
-    a second time in backward: 8 T D V flop in all. The backends triton and cuda hold none in
-    forward, nor does native where it multiplies.
+    The chunked backends hold at most `max_logits_bytes` of logits (default 256 MiB on a CPU, 100 by
+    native code where it multiplies; 3 GiB on CUDA), store the log-sum-exp and make the logits a
+    second time in backward: 8 T D V flop in all. The backends triton and cuda hold none in forward,
+    nor does native where it multiplies. Backward goes by blocks of the vocabulary, and rounds a
+    16-bit weight's gradient block by block: there is no float32 sum as large as the weight.
 
     precision="fp8" (triton and cuda) multiplies rows of hidden and weight rounded to e4m3, each
     with its own scale, and has no gradient: log-probs are off by 0.01 to 1, too much for importance
@@ -151,8 +152,7 @@ backends.register("linear_logprobs", "cuda", cuda_support.refusal)(_cuda)
 def _native(
     hidden: Tensor, weight: Tensor, *args: Any, max_logits_bytes: int | None, **options: Any
 ) -> LinearLogprobs:
-    sums_dweight = weight.requires_grad and torch.is_grad_enabled()
-    limit = logits_bytes(weight, max_logits_bytes, hidden.shape[0], sums_dweight)
+    limit = block_bytes(weight, max_logits_bytes)
     return torch_chunked.linear_logprobs(
         hidden, weight, *args, kernels=NativeHead(), max_logits_bytes=limit, **options
     )

@@ -1,7 +1,13 @@
-"""linear_logprobs in chunks of rows: the logits are made, reduced and forgotten, twice."""
+"""linear_logprobs: the logits are made, reduced and forgotten, twice.
+
+Forward in chunks of rows, for a row's statistics are of all its columns; backward in blocks of
+columns, for a block of d(weight) is then made by one product, while a sum over chunks of rows would
+be as large as the weight, in float32.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +17,10 @@ from torch import Tensor
 from flowrl_kernels.checks import IGNORE_INDEX, valid_columns
 from flowrl_kernels.head import Head, HeadKernels, RowGradients, RowStatistics
 from flowrl_kernels.head.chunks import (
-    HeadGradients,
+    BlockGradients,
     Rows,
     Workspace,
+    column_blocks,
     counted_rows,
     rows_per_chunk,
     split,
@@ -115,22 +122,29 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden, weight, targets, logprobs, row_max, log_sum, entropy = ctx.saved_tensors
         head = call.head(weight)
         wanted = (ctx.needs_input_grad[1], ctx.needs_input_grad[2])
-        chunks = call.chunks(head, targets)
-        products, one_chunk = call.kernels.products, len(chunks) == 1
-        gradients = HeadGradients(head, products, hidden, weight, wanted, one_chunk)
         if dlogprobs is None:
             dlogprobs = torch.zeros_like(logprobs)
-        workspace = call.workspace(head, chunks)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows, size in chunks:
-                out, of_rows = workspace.rows(size), targets[rows]
-                local = call.kernels.statistics(head, hidden[rows], of_rows, out)
+        num_counted = int((targets != IGNORE_INDEX).sum())
+        counted = counted_rows(targets, slice(0, targets.numel()), num_counted)
+        most, blocks = column_blocks(head, call.kernels, call.max_logits_bytes, num_counted)
+        pieces = list(split(counted, num_counted, most))
+        gradients = BlockGradients(head, call.kernels.products, hidden, weight, wanted)
+        widest = head.columns(blocks[0]) if blocks else head  # none: this rank holds padding only
+        buffer = call.kernels.workspace(widest, max((size for _, size in pieces), default=0))
+
+        def dlogits(block: Head) -> Iterator[tuple[Rows, Tensor]]:
+            for rows, size in pieces:
+                out, of_rows = buffer[:size, : block.weight.shape[0]], targets[rows]
+                local = call.kernels.statistics(block, hidden[rows], of_rows, out)
                 done = RowStatistics(row_max[rows], log_sum[rows], logprobs[rows], entropy[rows])
                 incoming = RowGradients(dlogprobs[rows], _at(dlse, rows), _at(dentropy, rows))
-                call.kernels.dlogits_(head, of_rows, out, local, done, incoming)
-                gradients.add(rows, out)
-        dhidden, dweight = gradients.finish()
-        return None, dhidden, None if dweight is None else dweight.to(weight.dtype), None
+                call.kernels.dlogits_(block, of_rows, out, local, done, incoming)
+                yield rows, out
+
+        with torch.autocast(hidden.device.type, enabled=False):
+            for columns in blocks:
+                gradients.add(columns, dlogits(head.columns(columns)), len(pieces))
+        return None, *gradients.finish(), None
 
 
 def _at(gradient: Tensor | None, rows: Rows) -> Tensor | None:
