@@ -16,7 +16,7 @@
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 if [ $# -lt 1 ]; then
-  sed -n '2,16p' "$0"
+  sed -n '2,15p' "$0"
   exit 2
 fi
 mkdir -p "$1"

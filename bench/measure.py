@@ -36,7 +36,7 @@ def interleaved(
     steps: Mapping[str, Step], repeats: int, device: torch.device, calls: int = 1
 ) -> dict[str, Timing]:
     """`repeats` rounds of every step: a slow spell hits all of them alike. Each time the mean of
-    `calls` that are queued together, where a kernel is shorter than what it takes to launch it."""
+    `calls` in a row, with no wait of ours between them."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():

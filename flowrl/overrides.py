@@ -50,7 +50,7 @@ def as_arguments(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
         elif isinstance(value, list | tuple) and _is_list(path):
             found += [f"--{name}", *(_text(item) for item in value)]
         elif isinstance(value, str) and _hint(path) is str:
-            found += [f"--{name}", value]
+            found += [f"--{name}={value}"] if value.startswith("--") else [f"--{name}", value]
         else:
             found += [f"--{name}", _text(value)]
     return found

@@ -38,6 +38,7 @@ class AheadSampler:
         self.sampler = sampler
         self.policy_version = 0  # of the weights loaded last
         self._ahead: dict[int, tuple[SampleRequest, Future[list[Rollout]]]] = {}
+        self._awaited: Future[list[Rollout]] | None = None  # that `sample` waits for
 
         def choose_device() -> None:  # a thread starts on the first GPU
             if device.type == "cuda":
@@ -53,10 +54,10 @@ class AheadSampler:
     def sample(self, request: SampleRequest) -> list[Rollout]:
         prefetched = self._ahead.pop(request.step, None) if request.stream == "train" else None
         if prefetched is None:
-            return self._thread.submit(self.sampler.sample, request).result()
-        asked, future = prefetched
+            prefetched = request, self._thread.submit(self.sampler.sample, request)
+        asked, self._awaited = prefetched
         assert asked == request, (asked.step, [p.index for p in request.prompts])
-        return future.result()
+        return self._awaited.result()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         self._thread.submit(self.sampler.load_weights, weights, policy_version).result()
@@ -65,7 +66,8 @@ class AheadSampler:
     def close(self) -> None:
         """A generation that nobody will train on is not waited for where it can be ended."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-        is_busy = any(not future.done() for _, future in self._ahead.values())
+        futures = [self._awaited, *(future for _, future in self._ahead.values())]
+        is_busy = any(future is not None and not future.done() for future in futures)
         if is_busy and isinstance(self.sampler, Interruptible):
             self.sampler.interrupt()
         self._thread.shutdown(wait=True)

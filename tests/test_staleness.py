@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import threading
+import time
 
 import pytest
 import torch
@@ -181,9 +182,14 @@ def test_what_nobody_will_train_on_is_not_waited_for():
             self.events.append("interrupt")
             self.open.set()
 
-    gate = Slow()
-    sampler = AheadSampler(gate, torch.device("cpu"))
-    sampler.prefetch(request(1))
-    sampler.close()  # an error has ended the run
-    assert gate.events[0] == "interrupt"
-    assert gate.events[-1] == "close"
+    for is_awaited in (False, True):
+        gate = Slow()
+        sampler = AheadSampler(gate, torch.device("cpu"))
+        sampler.prefetch(request(1))
+        if is_awaited:  # and the wait was given up, by Ctrl-C say
+            threading.Thread(target=sampler.sample, args=(request(1),), daemon=True).start()
+            while sampler._awaited is None:
+                time.sleep(0.01)
+        sampler.close()  # an error has ended the run
+        assert gate.events[0] == "interrupt"
+        assert gate.events[-1] == "close"

@@ -211,19 +211,20 @@ class MegatronBackend:
     def save_state(self, directory: Path) -> None:
         """Raises CheckpointMismatchError where the files do not hold what was written."""
         state = directory / "megatron"
-        counters = {
-            "policy_version": self.policy_version,
-            "num_updates": self.optimizer.num_updates,
-            "num_steps": self.optimizer.num_steps,
-            "start_model": fingerprint(self.model_dir),
-            "reference_version": self.reference_version,
-            "heads": self.heads,
-        }
 
         def begin() -> None:
-            if self.parallel.is_main:
-                state.mkdir()
-                (directory / COUNTERS).write_text(json.dumps(counters))
+            if not self.parallel.is_main:
+                return
+            counters = {
+                "policy_version": self.policy_version,
+                "num_updates": self.optimizer.num_updates,
+                "num_steps": self.optimizer.num_steps,
+                "start_model": fingerprint(self.model_dir),
+                "reference_version": self.reference_version,
+                "heads": self.heads,
+            }
+            state.mkdir()
+            (directory / COUNTERS).write_text(json.dumps(counters))
 
         self.parallel.agree(begin)
         with on_cpu(self.parallel.device):

@@ -269,6 +269,8 @@ class VLLMSampler:
                 if is_lost:
                     self.host = self._start()
                     self._asleep, self._broadcast = frozenset(), None
+                    if self._closing:
+                        raise EngineError("the engine was interrupted while it started")
                     if resend and self._sent is not None:
                         self._transfer(self._sent)
                 return action()

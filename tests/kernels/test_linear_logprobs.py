@@ -272,6 +272,14 @@ def test_blocks_of_the_vocabulary(monkeypatch, dtype, limit, pieces):
     judge(case, dtype, max_logits_bytes=limit, temperature=0.7, vocab_size=290)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_is_not_contiguous(dtype):
+    case = make_case(33, 4096)
+    case.weight = case.weight.T.contiguous().T
+    assert not case.weight.to(dtype).is_contiguous()
+    judge(case, dtype)
+
+
 def test_a_weights_gradient_needs_no_float32_sum():
     """Of a vocabulary of several blocks. Control: in one block there is such a sum."""
     case = make_case(32, 8 * chunks.FEWEST_COLUMNS, masked=0).to(torch.bfloat16)

@@ -44,7 +44,8 @@ def column_blocks(
     (columns, dim), logit_bytes = head.weight.shape, kernels.logit_bytes(head)
     fewest = max(min(head.padded_columns, FEWEST_COLUMNS), 1)
     rows = max(min(num_rows, max_logits_bytes // (fewest * logit_bytes)), 1)
-    is_wider = head.dtype != head.weight.dtype and not kernels.products.rounds_dweight(head.weight)
+    rounds = rows >= num_rows and kernels.products.rounds_dweight(head.weight)
+    is_wider = head.dtype != head.weight.dtype and not rounds
     column_bytes = rows * logit_bytes + dim * head.dtype.itemsize * is_wider
     widest = max(max_logits_bytes // column_bytes // COLUMN_STEP, 1) * COLUMN_STEP
     count = max(-(-columns // widest), 1)
@@ -99,7 +100,7 @@ class BlockGradients:
         self._dweight = torch.zeros_like(padded_weight[:0])
         self._wants_weight = want_weight
         if want_weight:
-            self._dweight = torch.empty_like(padded_weight)
+            self._dweight = padded_weight.new_empty(padded_weight.shape)  # contiguous
             self._dweight[head.weight.shape[0] :] = 0
 
     def add(self, columns: slice, pieces: Iterable[tuple[Rows, Tensor]], num_pieces: int) -> None:

@@ -39,7 +39,7 @@ ROW_STEP = 16  # the workspace's columns are padded to whole vectors of rows
 
 
 def logits_bytes(
-    weight: Tensor, max_logits_bytes: int | None, num_rows: int, sums_dweight: bool
+    weight: Tensor, max_logits_bytes: int | None, num_rows: int = 0, sums_dweight: bool = False
 ) -> int:
     """`max_logits_bytes`, or the default for the columns and the dtype of `weight` (V_local, D).
 
@@ -59,8 +59,8 @@ def logits_bytes(
 
 
 def block_bytes(weight: Tensor, max_logits_bytes: int | None) -> int:
-    """The same for blocks of columns, which need no sum of d(weight)."""
-    limit = logits_bytes(weight, max_logits_bytes, 0, sums_dweight=False)
+    """The same for blocks of columns in backward."""
+    limit = logits_bytes(weight, max_logits_bytes)
     is_free = max_logits_bytes is None and _native(weight, weight.shape[0], -1)
     return min(limit, OWN_BLOCK_BYTES) if is_free else limit
 

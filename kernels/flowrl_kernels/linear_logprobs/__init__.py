@@ -14,7 +14,7 @@ from torch import Tensor
 from flowrl_kernels import backends, checks, cuda_support, native_library, triton_support
 from flowrl_kernels.head import HeadKernels
 from flowrl_kernels.head.cuda_head import CudaHead
-from flowrl_kernels.head.native_kernels import NativeHead, block_bytes
+from flowrl_kernels.head.native_kernels import NativeHead, block_bytes, logits_bytes
 from flowrl_kernels.linear_logprobs import reference, torch_chunked
 from flowrl_kernels.linear_logprobs.contract import LinearLogprobs
 
@@ -152,9 +152,14 @@ backends.register("linear_logprobs", "cuda", cuda_support.refusal)(_cuda)
 def _native(
     hidden: Tensor, weight: Tensor, *args: Any, max_logits_bytes: int | None, **options: Any
 ) -> LinearLogprobs:
-    limit = block_bytes(weight, max_logits_bytes)
     return torch_chunked.linear_logprobs(
-        hidden, weight, *args, kernels=NativeHead(), max_logits_bytes=limit, **options
+        hidden,
+        weight,
+        *args,
+        kernels=NativeHead(),
+        max_logits_bytes=logits_bytes(weight, max_logits_bytes),
+        max_block_bytes=block_bytes(weight, max_logits_bytes),
+        **options,
     )
 
 

@@ -45,13 +45,15 @@ def linear_logprobs(
     entropy: str,
     precision: str,
     max_logits_bytes: int | None,
+    max_block_bytes: int | None = None,  # of a block in backward; None: max_logits_bytes
     kernels: HeadKernels | None = None,  # None: PyTorch's
 ) -> LinearLogprobs:
     if kernels is None:
         assert precision == "native", precision
         kernels = TorchHead()
     columns = valid_columns(weight, vocab_start, vocab_size)
-    call = _Call(columns, temperature, vocab_start, group, entropy, max_logits_bytes, kernels)
+    limits = max_logits_bytes, max_block_bytes or max_logits_bytes
+    call = _Call(columns, temperature, vocab_start, group, entropy, *limits, kernels)
     return LinearLogprobs(*_LinearLogprobs.apply(call, hidden, weight, targets))
 
 
@@ -63,6 +65,7 @@ class _Call:
     group: ProcessGroup | None
     entropy: str
     max_logits_bytes: int | None
+    max_block_bytes: int | None
     kernels: HeadKernels
 
     def head(self, weight: Tensor) -> Head:
@@ -126,7 +129,7 @@ class _LinearLogprobs(torch.autograd.Function):
             dlogprobs = torch.zeros_like(logprobs)
         num_counted = int((targets != IGNORE_INDEX).sum())
         counted = counted_rows(targets, slice(0, targets.numel()), num_counted)
-        most, blocks = column_blocks(head, call.kernels, call.max_logits_bytes, num_counted)
+        most, blocks = column_blocks(head, call.kernels, call.max_block_bytes, num_counted)
         pieces = list(split(counted, num_counted, most))
         gradients = BlockGradients(head, call.kernels.products, hidden, weight, wanted)
         widest = head.columns(blocks[0]) if blocks else head  # none: this rank holds padding only
